@@ -1,0 +1,128 @@
+"""Ids and records: the nouns that every layer shares. Plain values, no I/O, standard library only."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NewType
+
+NodeKey = NewType("NodeKey", bytes)
+"""A node's Ed25519 public key, 32 bytes: who a peer is, whatever its address."""
+
+SessionId = NewType("SessionId", bytes)
+"""16 random bytes chosen by the client: the handle of one session's KV-cache on every holder of its route."""
+
+InfoHash = NewType("InfoHash", bytes)
+"""20 bytes as they stand in a BEP 3 handshake and in the DHT: a v1 info-hash or a truncated v2 one (BEP 52)."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Endpoint:
+    """Where a node listens: TCP and UDP on the same port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        """Read ``host:port`` or ``[v6]:port``; raise ValueError with the reason otherwise."""
+        host, separator, port = text.strip().rpartition(":")
+        if not separator or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError(f"{text!r} is not HOST:PORT")
+        host = host.removeprefix("[").removesuffix("]")
+        if not host:
+            raise ValueError(f"{text!r} has no host before the port")
+        return cls(host, int(port))
+
+    @property
+    def is_loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """Consecutive blocks, both ends included, that one holder runs as one hop."""
+
+    first: int
+    last: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= self.last:
+            raise ValueError(f"{self.first}-{self.last} is not a range of blocks")
+
+    def __len__(self) -> int:
+        return self.last - self.first + 1
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.last + 1))
+
+    def __contains__(self, block: object) -> bool:
+        return isinstance(block, int) and self.first <= block <= self.last
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}" if self.first != self.last else f"{self.first}"
+
+
+def spans_of(blocks: Iterable[int]) -> tuple[Span, ...]:
+    """The fewest spans that cover exactly these blocks, in order."""
+    spans: list[Span] = []
+    for block in sorted(set(blocks)):
+        if spans and spans[-1].last + 1 == block:
+            spans[-1] = Span(spans[-1].first, block)
+        else:
+            spans.append(Span(block, block))
+    return tuple(spans)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRecord:
+    """What a node says of itself for one model: first message on a pipe, and its BEP 44 item.
+
+    ``model`` is the v2 info-hash (32 bytes) of the model torrent. ``held`` are blocks complete on disk, ``resident`` those that
+    it serves now, ``claimed`` those that it is fetching to serve. ``memory_free`` in bytes; ``block_ms`` is its measured time
+    for one layer block and one token, in milliseconds (0: not measured yet). ``sequence`` grows with every change.
+    """
+
+    node: NodeKey
+    model: bytes
+    port: int
+    sequence: int = 0
+    held: tuple[Span, ...] = ()
+    resident: tuple[Span, ...] = ()
+    claimed: tuple[Span, ...] = ()
+    device: str = "cpu"
+    precision: str = "F32"
+    memory_free: int = 0
+    block_ms: float = 0.0
+    sessions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the head picks a token. The defaults are greedy. Meanings and order are those of transformers' logits warpers."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """When the head ends a generation, besides the token budget."""
+
+    tokens: tuple[int, ...] = ()
+    strings: tuple[str, ...] = field(default=())
