@@ -14,7 +14,7 @@ SEED_BYTES = 32
 
 
 class Identity:
-    """A node's key pair. ``node`` is the public key (32 bytes); the seed never leaves this object but for the key file."""
+    """A node's key pair. ``node`` is the public key (32 bytes); the seed goes nowhere but to the key file."""
 
     def __init__(self, seed: bytes) -> None:
         """``seed``: the 32 secret bytes of RFC 8032 section 5.1.5; raises ValueError for another length."""
@@ -36,7 +36,7 @@ class Identity:
 
     @property
     def expanded_key(self) -> bytes:
-        """The 64-byte secret key that libtorrent wants for BEP 44: SHA-512 of the seed, scalar half clamped (RFC 8032)."""
+        """The 64-byte secret key that libtorrent wants for BEP 44: SHA-512 of the seed, clamped (RFC 8032)."""
         digest = bytearray(hashlib.sha512(self._seed).digest())
         digest[0] &= 0b1111_1000
         digest[31] = (digest[31] & 0b0011_1111) | 0b0100_0000

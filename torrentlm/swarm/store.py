@@ -1,0 +1,281 @@
+"""A node's data folder: block files, model torrents, identity, last session's peers. One node, one folder.
+
+    <data>/format            the layout's version; another version is refused
+    <data>/lock              held while a node uses the folder
+    <data>/identity.key      the node's Ed25519 seed, hexadecimal, mode 0600
+    <data>/verified.json     size and modification time of every block file that matched its hash
+    <data>/peers.json        endpoints that answered last time
+    <data>/blocks/           <pieces root>.safetensors, one per file, shared by all models
+    <data>/models/<v2 hex>/  a model torrent's content
+    <data>/torrents/         <v2 hex>.torrent of models
+
+A block file counts as here only while its verified record matches what is on disk: fetched in part, cut short or
+touched since, it is checked again before it is served or loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from torrentlm.errors import ArtifactError, StorageError
+from torrentlm.records import Endpoint
+from torrentlm.swarm.identity import SEED_BYTES, Identity
+
+FORMAT = "torrentlm store 1"
+MAX_PEERS = 200
+_MAX_JSON = 8 << 20
+_FILE_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+
+
+class Store:
+    """The data folder ``data``, locked for this process until ``close``. Its methods block on the disk only."""
+
+    def __init__(self, data: Path) -> None:
+        """Open or create the folder; StorageError if it cannot be used (in use, another version, not writable)."""
+        self.data = data
+        self.blocks = data / "blocks"
+        self.models = data / "models"
+        self.torrents = data / "torrents"
+        with _storage_errors(data):
+            for folder in (data, self.blocks, self.models, self.torrents):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(data)
+        try:
+            with _storage_errors(data):
+                self._check_format()
+                self._verified = self._load_verified()
+        except StorageError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- identity and peers
+
+    def identity(self) -> Identity:
+        """This folder's node identity, made on first use."""
+        path = self.data / "identity.key"
+        with _storage_errors(path):
+            if not path.exists():
+                identity = Identity.generate()
+                _write_atomically(path, identity.seed.hex() + "\n", mode=0o600)
+                return identity
+            path.chmod(0o600)
+            text = path.read_text(encoding="ascii", errors="replace").strip()
+        try:
+            seed = bytes.fromhex(text)
+        except ValueError:
+            seed = b""
+        if len(seed) != SEED_BYTES:
+            raise StorageError(f"{path} is not an identity key; move it away to get a new identity")
+        return Identity(seed)
+
+    def load_peers(self) -> tuple[Endpoint, ...]:
+        """Endpoints of the last session, best first; none if there are none or the file is damaged."""
+        entries = _read_json(self.data / "peers.json")
+        if not isinstance(entries, list):
+            return ()
+        peers = []
+        for entry in entries[:MAX_PEERS]:
+            with contextlib.suppress(ValueError, AttributeError):
+                peers.append(Endpoint.parse(entry))
+        return tuple(dict.fromkeys(peers))
+
+    def save_peers(self, peers: Iterable[Endpoint]) -> None:
+        """Remember the first ``MAX_PEERS`` of ``peers`` for the next start."""
+        path = self.data / "peers.json"
+        with _storage_errors(path):
+            _write_atomically(path, json.dumps([str(peer) for peer in list(peers)[:MAX_PEERS]], indent=0))
+
+    # -- block files
+
+    def path(self, name: str) -> Path:
+        """Where the block file ``name`` lies or would lie; ArtifactError unless the name is a content address."""
+        if not _FILE_NAME.fullmatch(name):
+            raise ArtifactError(f"{name!r} is not the name of a block file; the manifest is damaged")
+        return self.blocks / name
+
+    def holds(self, name: str) -> bool:
+        """Whether the file is complete: it matched its hash and was not touched since (size, modification time)."""
+        record = self._verified.get(name)
+        return record is not None and record == _stamp(self.path(name))
+
+    def held(self) -> frozenset[str]:
+        """The names of all complete block files."""
+        return frozenset(name for name in self._verified if self.holds(name))
+
+    def mark_verified(self, name: str) -> None:
+        """Record that the file, as it lies there now, matches its hash."""
+        path = self.path(name)
+        stamp = _stamp(path)
+        if stamp is None:
+            raise StorageError(f"{path} is missing although it was just complete; did something else remove it?")
+        self._verified[name] = stamp
+        self._save_verified()
+
+    def mark_unverified(self, name: str) -> None:
+        """Forget the record: the file is checked before it is used again."""
+        if self._verified.pop(name, None) is not None:
+            self._save_verified()
+
+    def verify(self, name: str) -> bool:
+        """Hash the file now and record the outcome. Streams it (about 1 GB/s): call it in a worker thread."""
+        from torrentlm.manifest.torrent import pieces_root
+
+        path = self.path(name)
+        with _storage_errors(path):
+            good = path.is_file() and pieces_root(path).hex() == name.partition(".")[0]
+        if good:
+            self.mark_verified(name)
+        else:
+            self.mark_unverified(name)
+        return good
+
+    def require_space(self, files: Mapping[str, int]) -> None:
+        """Raise StorageError unless the block files (name: size in bytes) that are not here yet fit on the disk."""
+        missing = sum(
+            max(0, size - _allocated(self.path(name))) for name, size in files.items() if not self.holds(name)
+        )
+        with _storage_errors(self.data):
+            free = shutil.disk_usage(self.data).free
+        if missing > free:
+            raise disk_full(missing, free, self.data)
+
+    # -- models
+
+    def model_folder(self, v2: bytes) -> Path:
+        """Where the content of the model torrent with this v2 info-hash lies."""
+        return self.models / v2.hex()
+
+    def save_torrent(self, v2: bytes, torrent: bytes) -> None:
+        path = self.torrents / f"{v2.hex()}.torrent"
+        with _storage_errors(path):
+            _write_atomically(path, torrent)
+
+    def load_torrent(self, v2: bytes) -> bytes | None:
+        """The model's .torrent file if an earlier session kept it."""
+        path = self.torrents / f"{v2.hex()}.torrent"
+        with _storage_errors(path):
+            return path.read_bytes() if path.is_file() else None
+
+    # -- inner workings
+
+    def _check_format(self) -> None:
+        path = self.data / "format"
+        if not path.exists():
+            _write_atomically(path, FORMAT + "\n")
+        elif (found := path.read_text(encoding="utf-8", errors="replace").strip()[:80]) != FORMAT:
+            raise StorageError(
+                f"{self.data} was written by another version ({found!r}, not {FORMAT!r}); choose another folder"
+            )
+
+    def _load_verified(self) -> dict[str, tuple[int, int]]:
+        entries = _read_json(self.data / "verified.json")
+        if not isinstance(entries, dict):
+            return {}
+        return {
+            name: (stamp[0], stamp[1])
+            for name, stamp in entries.items()
+            if _FILE_NAME.fullmatch(name) and isinstance(stamp, list) and len(stamp) == 2
+        }
+
+    def _save_verified(self) -> None:
+        path = self.data / "verified.json"
+        with _storage_errors(path):
+            _write_atomically(path, json.dumps(self._verified, indent=0, sort_keys=True))
+
+
+def disk_full(needed: int, free: int, folder: Path) -> StorageError:
+    return StorageError(
+        f"disk full: block set needs {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free; "
+        "free some or hold fewer blocks"
+    )
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _allocated(path: Path) -> int:
+    """Bytes on disk: a file fetched in part is sparse, its size says nothing."""
+    try:
+        return path.stat().st_blocks * 512
+    except OSError:
+        return 0
+
+
+def _lock(data: Path) -> IO[bytes]:
+    handle = (data / "lock").open("ab")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise StorageError(f"{data} is in use by another node; stop it or choose another folder with --data") from None
+    return handle
+
+
+def _write_atomically(path: Path, content: str | bytes, mode: int = 0o644) -> None:
+    """All or nothing, even if the process dies half-way; the mode holds from the first byte on."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:  # noqa: PTH123
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> Any:
+    """The content, or None if the file is absent, damaged or absurdly large: such files only save work."""
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+@contextlib.contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """Translate OSError to StorageError, once, here."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """One sentence for what the operating system said about ``path``."""
+    return StorageError(f"{error.filename or path}: {(error.strerror or str(error)).lower()}; check the data folder")
