@@ -1,7 +1,7 @@
 """The few classes that errors are translated into at the boundary where they appear.
 
-``str(error)`` is one sentence that says what is wrong and what to do; the command line prints just that. The class says whose
-fault it is, so that callers decide by class and never by parsing the sentence.
+``str(error)`` is one sentence that says what is wrong and what to do; the command line prints just that. The class says
+whose fault it is, so that callers decide by class and never by parsing the sentence.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RemoteProtocolError(TorrentLMError):
 
 
 class RefusedError(TorrentLMError):
-    """A holder will not do what was asked. ``code`` is one of the codes in docs/protocol.md ("max_length", "busy", …)."""
+    """A holder will not do what was asked. ``code`` is one of those in docs/protocol.md ("max_length", "busy", …)."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)

@@ -85,9 +85,10 @@ def spans_of(blocks: Iterable[int]) -> tuple[Span, ...]:
 class PeerRecord:
     """What a node says of itself for one model: first message on a pipe, and its BEP 44 item.
 
-    ``model`` is the v2 info-hash (32 bytes) of the model torrent. ``held`` are blocks complete on disk, ``resident`` those that
-    it serves now, ``claimed`` those that it is fetching to serve. ``memory_free`` in bytes; ``block_ms`` is its measured time
-    for one layer block and one token, in milliseconds (0: not measured yet). ``sequence`` grows with every change.
+    ``model`` is the v2 info-hash (32 bytes) of the model torrent. ``held`` are blocks complete on disk, ``resident``
+    those that it serves now, ``claimed`` those that it is fetching to serve. ``memory_free`` in bytes; ``block_ms`` is
+    its measured time for one layer block and one token, in milliseconds (0: not measured yet). ``sequence`` grows with
+    every change.
     """
 
     node: NodeKey
@@ -106,7 +107,7 @@ class PeerRecord:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the head picks a token. The defaults are greedy. Meanings and order are those of transformers' logits warpers."""
+    """How the head picks a token; the defaults are greedy. Meanings and order are those of transformers' warpers."""
 
     temperature: float = 0.0
     top_k: int = 0
