@@ -1,7 +1,7 @@
 """libtorrent's alerts, brought into trio, and its errors, brought into ours.
 
 libtorrent writes a byte to a socket whenever its alert queue stops being empty; one task waits for that byte, takes all
-alerts and calls the handlers registered under each alert's key. An alert is only valid until the next batch is taken, so
+alerts and calls the handlers registered under each alert's key. An alert is only valid until the next batch is taken:
 handlers copy what they need before they return.
 """
 
@@ -48,6 +48,11 @@ class AlertPump:
                     self.dispatch()
             finally:
                 self._session.set_alert_fd(-1)
+
+    def close(self) -> None:
+        """Let go of the session, which can only end when nobody holds it."""
+        self._session = None
+        self._handlers.clear()
 
     def dispatch(self) -> None:
         """Take all alerts there are and hand each to its handlers."""

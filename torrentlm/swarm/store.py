@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from torrentlm.errors import ArtifactError, StorageError
+from torrentlm.manifest.torrent import pieces_root
 from torrentlm.records import Endpoint
 from torrentlm.swarm.identity import SEED_BYTES, Identity
 
@@ -138,8 +139,6 @@ class Store:
 
     def verify(self, name: str) -> bool:
         """Hash the file now and record the outcome. Streams it (about 1 GB/s): call it in a worker thread."""
-        from torrentlm.manifest.torrent import pieces_root
-
         path = self.path(name)
         with _storage_errors(path):
             good = path.is_file() and pieces_root(path).hex() == name.partition(".")[0]

@@ -1,0 +1,170 @@
+"""The node's one libtorrent session, wholly behind the gateway's SOCKS5 proxy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import libtorrent as lt
+import trio
+
+from torrentlm.errors import ArtifactError
+from torrentlm.manifest.magnet import Magnet
+from torrentlm.records import Endpoint, InfoHash
+from torrentlm.swarm.alerts import Alert, AlertPump, torrent_key
+from torrentlm.swarm.dht import Dht
+from torrentlm.swarm.identity import Identity
+from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP, Proxy, session_settings
+from torrentlm.swarm.transfer import Transfer
+
+_UPDATE_INTERVAL = 0.5
+_NO_DEFAULT_PLUGINS = 0
+_PLUGINS = ("ut_metadata", "smart_ban")
+_MAX_TORRENT_FILE = 32 << 20
+_FLAGS = lt.torrent_flags.disable_dht | lt.torrent_flags.disable_lsd | lt.torrent_flags.disable_pex
+"""Neither auto-managed nor paused: runs at once. Announcing is ours (``Dht``): libtorrent would spread dead ports."""
+_SEED_FLAGS = lt.torrent_flags.seed_mode | lt.torrent_flags.no_verify_files
+
+
+class Swarm:
+    """Torrents and the DHT behind ``proxy``. ``run`` is a service of the node's nursery; the rest works while it runs.
+
+    ``canonical`` and ``connect_peer`` are what the gateway needs to hand an incoming connection to libtorrent. Rate
+    limits in bytes per second, 0 for none, hold for peers of the local network too.
+    """
+
+    def __init__(
+        self,
+        proxy: Proxy,
+        identity: Identity,
+        bootstrap: Sequence[Endpoint] = PUBLIC_BOOTSTRAP,
+        *,
+        download_limit: int = 0,
+        upload_limit: int = 0,
+    ) -> None:
+        self._settings = session_settings(proxy, bootstrap)
+        self._settings |= {"download_rate_limit": download_limit, "upload_rate_limit": upload_limit}
+        self._bootstrap = tuple(bootstrap)
+        self._identity = identity
+        self._transfers: dict[InfoHash, Transfer] = {}
+        self._session: Any = None
+        self._pump: AlertPump
+        self.dht: Dht
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the session until cancelled; whatever was fetched by then is on disk when this returns."""
+        self._session = _open_session(self._settings)
+        self._pump = AlertPump(self._session)
+        self.dht = Dht(self._session, self._pump, self._identity)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._pump.add("updates", self._on_updates)
+                await nursery.start(self._pump.run)
+                nursery.start_soon(self._request_updates)
+                nursery.start_soon(self.dht.run, self._bootstrap)
+                task_status.started()
+        finally:
+            for transfer in self.transfers:
+                self._forget(transfer)
+            with trio.CancelScope(shield=True):
+                await self._close_session()
+
+    @property
+    def transfers(self) -> tuple[Transfer, ...]:
+        return tuple(dict.fromkeys(self._transfers.values()))
+
+    def add_torrent(self, torrent: bytes | Magnet, folder: Path, *, verified: bool = False) -> Transfer:
+        """Start a torrent whose content lies, or shall lie, in ``folder``; the one already there if it runs.
+
+        ``verified``: the content is known to be good and is seeded without a check; otherwise what is on disk is hashed
+        first. Raises ArtifactError for a damaged torrent file.
+        """
+        params = _params_of_magnet(torrent) if isinstance(torrent, Magnet) else _params_of_file(torrent)
+        hashes = params.ti.info_hashes() if params.ti else params.info_hashes
+        for info_hash in (hashes.v1.to_bytes(), hashes.v2.to_bytes()[:20]):
+            if known := self._transfers.get(InfoHash(info_hash)):
+                return known
+        params.save_path = str(folder)
+        params.flags = _FLAGS | (_SEED_FLAGS if verified else 0)
+        try:
+            handle = self._session.add_torrent(params)
+        except RuntimeError as error:
+            raise ArtifactError(f"this torrent cannot be started ({error})") from error
+        transfer = Transfer(handle, self._pump, folder, self._index)
+        self._index(transfer)
+        return transfer
+
+    def remove(self, transfer: Transfer) -> None:
+        """Stop a torrent; its files stay."""
+        self._forget(transfer)
+        self._session.remove_torrent(transfer.handle)
+
+    def canonical(self, info_hash: bytes) -> InfoHash | None:
+        """The hash by which libtorrent greets for this torrent (v1 if it has one); None if it is not ours."""
+        transfer = self._transfers.get(InfoHash(info_hash))
+        return transfer.info_hashes[0] if transfer else None
+
+    def connect_peer(self, info_hash: bytes, endpoint: Endpoint) -> None:
+        """Have libtorrent dial ``endpoint`` for this torrent, through the proxy."""
+        transfer = self._transfers.get(InfoHash(info_hash))
+        if transfer:
+            transfer.connect_peer(endpoint)
+
+    def _index(self, transfer: Transfer) -> None:
+        for info_hash in transfer.info_hashes:
+            self._transfers[info_hash] = transfer
+
+    def _forget(self, transfer: Transfer) -> None:
+        transfer.close()
+        for info_hash in transfer.info_hashes:
+            self._transfers.pop(info_hash, None)
+
+    async def _request_updates(self) -> None:
+        """Ask for the progress of whatever changed; the answer comes as an alert."""
+        while True:
+            self._session.post_torrent_updates(0)
+            await trio.sleep(_UPDATE_INTERVAL)
+
+    def _on_updates(self, alert: Alert) -> None:
+        by_key = {torrent_key(transfer.handle): transfer for transfer in self.transfers}
+        for status in alert.status:
+            if transfer := by_key.get(torrent_key(status.handle)):
+                transfer.update(status)
+
+    async def _close_session(self) -> None:
+        """libtorrent's destructor flushes to disk and joins its threads, so it runs in a thread of ours."""
+        holder = [self._session]
+        self._session = None
+        self.dht.close()
+        self._pump.close()
+        await trio.to_thread.run_sync(holder.clear)
+
+
+def _open_session(settings: dict[str, Any]) -> Any:
+    session: Any = lt.session(cast(Any, settings), _NO_DEFAULT_PLUGINS)
+    for plugin in _PLUGINS:
+        session.add_extension(plugin)
+    # Peers on local networks are in a class of their own, which the global rate limits do not bind.
+    limits = {"download_limit": settings["download_rate_limit"], "upload_limit": settings["upload_rate_limit"]}
+    session.set_peer_class(session.local_peer_class_id, session.get_peer_class(session.local_peer_class_id) | limits)
+    return session
+
+
+def _params_of_file(torrent: bytes) -> Any:
+    if len(torrent) > _MAX_TORRENT_FILE:
+        limit = _MAX_TORRENT_FILE >> 20
+        raise ArtifactError(f"a torrent file of {len(torrent) >> 20} MiB is refused; the limit is {limit} MiB")
+    try:
+        return lt.load_torrent_buffer(torrent)
+    except RuntimeError as error:
+        raise ArtifactError(f"this is not a torrent file ({error})") from error
+
+
+def _params_of_magnet(magnet: Magnet) -> Any:
+    params = lt.add_torrent_params()
+    v1 = lt.sha1_hash(magnet.v1) if magnet.v1 else lt.sha1_hash()
+    v2 = lt.sha256_hash(magnet.v2) if magnet.v2 else lt.sha256_hash()
+    params.info_hashes = lt.info_hash_t(v1, v2)
+    params.name = magnet.name
+    return params

@@ -1,0 +1,197 @@
+"""One torrent in the session: its metadata, its progress, its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import libtorrent as lt
+import trio
+
+from torrentlm.errors import NetworkError, TorrentLMError
+from torrentlm.records import Endpoint, InfoHash
+from torrentlm.swarm.alerts import Alert, AlertPump, torrent_key, translate
+
+_CONNECT_SOURCE = int(lt.peer_info.tracker)
+"""Told that a tracker named a peer, libtorrent forgives it an earlier failure; of other sources it does not."""
+
+_V1_HANDSHAKE = 0
+"""connect_peer's default flags say uTP and encryption; none of them means plain TCP, greeting by the v1 info-hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """``done`` and ``total`` in bytes (total 0: metadata not here yet), rates in bytes per second."""
+
+    done: int = 0
+    total: int = 0
+    download_rate: int = 0
+    upload_rate: int = 0
+    peers: int = 0
+    state: str = "starting"
+
+
+class Transfer:
+    """A torrent of this node, made by ``Swarm.add_torrent``.
+
+    ``v1`` is the 20-byte SHA-1 info-hash, ``v2`` the 32-byte SHA-256 one; None where the torrent (or so far the magnet)
+    has none.
+    ``error`` is set once something stopped it (disk full, file gone); ``retry`` clears that.
+    """
+
+    def __init__(self, handle: Any, pump: AlertPump, folder: Path, on_metadata: Callable[[Transfer], None]) -> None:
+        """``on_metadata`` is called when a magnet's metadata has arrived: the info-hashes may be more than before."""
+        self.folder = folder
+        self.error: TorrentLMError | None = None
+        self.progress = Progress()
+        self.handle = handle
+        self._pump = pump
+        self._on_metadata = on_metadata
+        self._read_identity()
+        self._finished = False
+        self._flushed = False
+        self._bad_pieces = 0
+        self._changed = trio.Event()
+        pump.add(torrent_key(handle), self._on_alert)
+
+    @property
+    def info_hashes(self) -> tuple[InfoHash, ...]:
+        """The 20-byte hashes by which peers greet and the DHT knows it: v1 first, then the truncated v2 (BEP 52)."""
+        hashes = (self.v1, self.v2[:20] if self.v2 else None)
+        return tuple(InfoHash(info_hash) for info_hash in hashes if info_hash)
+
+    @property
+    def complete(self) -> bool:
+        """Every piece is verified and on disk."""
+        return self._finished and self._flushed
+
+    @property
+    def bad_pieces(self) -> int:
+        """Pieces that arrived with a wrong hash and were thrown away."""
+        return self._bad_pieces
+
+    async def wait_metadata(self, within: float) -> bytes:
+        """The torrent file (BEP 3, without piece layers), from a peer if it was added as a magnet.
+
+        Raises NetworkError if none arrives ``within`` so many seconds.
+        """
+        with trio.move_on_after(within):
+            await self._wait(lambda: self._torrent_info() is not None)
+        info = self._torrent_info()
+        if info is None:
+            raise NetworkError(
+                f"no peer sent the metadata of {self.name} within {within:.0f} s; "
+                "check the magnet, and that a peer that has it is running and reachable"
+            )
+        return b"d4:info" + bytes(info.info_section()) + b"e"
+
+    async def wait_complete(self, stall_timeout: float = 120.0) -> None:
+        """Return once everything is verified and on disk.
+
+        Raises StorageError or ArtifactError if that cannot be, and NetworkError after ``stall_timeout`` seconds without
+        any progress; the transfer goes on nevertheless.
+        """
+        while not self.complete:
+            before = self._mark()
+            with trio.move_on_after(stall_timeout):
+                await self._wait(lambda before=before: self.complete or self._mark() != before)  # type: ignore[misc]
+                continue
+            raise NetworkError(
+                f"no peer has sent anything of {self.name} for {stall_timeout:.0f} s "
+                f"({self.progress.peers} connected); check that a peer that has it is running and reachable"
+            )
+        if self.error:
+            raise self.error
+
+    def connect_peer(self, endpoint: Endpoint) -> None:
+        """Dial ``endpoint`` (an IP address and port) through the proxy, by the v1 info-hash. Returns at once."""
+        if self.handle.is_valid():
+            self.handle.connect_peer((endpoint.host, endpoint.port), _CONNECT_SOURCE, _V1_HANDSHAKE)
+
+    async def recheck(self) -> None:
+        """Hash everything on disk again and fetch what does not match. Returns when the check is through."""
+        self._finished = self._flushed = False
+        self.error = None
+        checked = trio.Event()
+
+        def on_alert(alert: Alert) -> None:
+            if isinstance(alert, lt.torrent_checked_alert):
+                checked.set()
+
+        with self._pump.handle(torrent_key(self.handle), on_alert):
+            self.handle.force_recheck()
+            await self._wait(checked.is_set)
+
+    def retry(self) -> None:
+        """After the cause of ``error`` is gone: carry on."""
+        self.error = None
+        self.handle.clear_error()
+        self.handle.unset_flags(lt.torrent_flags.upload_mode | lt.torrent_flags.paused)
+
+    def close(self) -> None:
+        """Called by the swarm when the torrent leaves the session."""
+        self._pump.remove(torrent_key(self.handle), self._on_alert)
+        self._fail(NetworkError(f"{self.name} was removed while something waited for it"))
+
+    def update(self, status: Any) -> None:
+        """Take over a fresh torrent_status."""
+        self.progress = Progress(
+            done=status.total_wanted_done,
+            total=status.total_wanted,
+            download_rate=status.download_payload_rate,
+            upload_rate=status.upload_payload_rate,
+            peers=status.num_peers,
+            state=str(status.state),
+        )
+        self._notify()
+
+    def _on_alert(self, alert: Alert) -> None:
+        match alert:
+            case lt.torrent_finished_alert():
+                # Finished is said when the last piece is verified; it may still be on its way to the disk.
+                self._finished = True
+                self.handle.flush_cache()
+            case lt.cache_flushed_alert():
+                self._flushed = self._finished
+                if self.complete:
+                    self.update(self.handle.status(0))
+            case lt.metadata_received_alert():
+                self._read_identity()
+                self._on_metadata(self)
+            case lt.hash_failed_alert():
+                self._bad_pieces += 1
+            case lt.file_error_alert():
+                self._fail(translate(alert.error, Path(self.folder, alert.filename()), self.name))
+            case lt.torrent_error_alert() | lt.metadata_failed_alert():
+                self._fail(translate(alert.error, self.folder, self.name))
+        self._notify()
+
+    def _fail(self, error: TorrentLMError) -> None:
+        self._finished = self._flushed = False
+        self.error = self.error or error
+        self._notify()
+
+    def _mark(self) -> tuple[object, ...]:
+        """Differs whenever something moved."""
+        return self.progress.state, self.progress.done, self._finished
+
+    def _torrent_info(self) -> Any:
+        return self.handle.torrent_file() if self.handle.is_valid() else None
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _read_identity(self) -> None:
+        hashes, info = self.handle.info_hashes(), self._torrent_info()
+        self.v1 = hashes.v1.to_bytes() if hashes.has_v1() else None
+        self.v2 = hashes.v2.to_bytes() if hashes.has_v2() else None
+        self.name = (info.name() if info else self.handle.status(lt.status_flags_t.query_name).name) or str(hashes.v1)
+
+    async def _wait(self, ready: Callable[[], bool]) -> None:
+        while not ready():
+            if self.error:
+                raise self.error
+            await self._changed.wait()
