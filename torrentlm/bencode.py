@@ -1,8 +1,9 @@
 """Bencoding (BEP 3): canonical when written, strict and bounded when read. Standard library only.
 
-Values are ``int``, ``bytes``, ``list`` and ``dict`` with ``bytes`` keys. ``encode`` also takes ``str`` (as UTF-8), tuples
-and ``str`` keys, so that torrents can be written down legibly. What ``decode`` accepts with ``sorted_keys=True`` is
-canonical: encoding it again gives the same bytes, so an info-hash can be computed from a parsed torrent.
+Values are ``int``, ``bytes``, ``list`` and ``dict`` with ``bytes`` keys. ``encode`` also takes ``str`` (as UTF-8),
+tuples and ``str`` keys, so that torrents can be written down legibly. What ``decode`` accepts with
+``sorted_keys=True`` is canonical: encoding it again gives the same bytes, so an info-hash can be computed from a
+parsed torrent.
 """
 
 from __future__ import annotations
