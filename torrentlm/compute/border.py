@@ -1,0 +1,227 @@
+"""Borders: what one layer call returns and the next holder needs, as plain values that travel.
+
+A border is a tree (tuples, lists, dicts, constants) with tensors at some leaves. ``flatten`` takes it apart
+into the tensors and a tree of msgpack-able values, ``rebuild`` puts it together again; ``pack`` and ``unpack``
+turn a tensor into ``(dtype, shape, bytes)`` and back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torrentlm.errors import RemoteProtocolError, UnsupportedModelError
+
+Packed = tuple[str, tuple[int, ...], "memoryview | bytes"]
+"""A tensor on the wire: dtype name as in safetensors, shape, the little-endian bytes in C order."""
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+TENSOR, TUPLE, LIST, DICT, CONSTANT = 0, 1, 2, 3, 4
+BATCH, TOKENS = -1, -2
+"""Stand for the batch size and the number of tokens of a step among the sizes of a BorderShape."""
+
+MAX_DEPTH = 8
+
+Place = tuple[int | str, ...]
+"""Where a tensor hangs in nested tuples, lists and dicts: the indices and keys from the top down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Border:
+    """What a layer call returned: its tensors in order, and the tree they hang in (``None``: one bare tensor)."""
+
+    tensors: tuple[torch.Tensor, ...]
+    tree: Any = None
+
+
+@dataclass(frozen=True)
+class BorderShape:
+    """The tree, and per tensor the shape and whether it is floating point (whose dtype is then the model's, or
+    float32).
+    """
+
+    tree: Any
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...] = field(default=())
+
+    @classmethod
+    def between(
+        cls, small: BorderShape, sizes: tuple[int, int], large: BorderShape, larger: tuple[int, int]
+    ) -> BorderShape:
+        """One shape for all sizes, from what was seen at two: ``sizes`` and ``larger`` are (batch, tokens)."""
+        if small.tree != large.tree or small.dtypes != large.dtypes or len(small.shapes) != len(large.shapes):
+            raise UnsupportedModelError("What the layers return changes its structure with the number of tokens.")
+        axes = {(a, b): name for a, b, name in zip(sizes, larger, (BATCH, TOKENS), strict=True)}
+        shapes = []
+        for one, other in zip(small.shapes, large.shapes, strict=True):
+            if len(one) != len(other):
+                raise UnsupportedModelError("What the layers return changes its structure with the number of tokens.")
+            shape = []
+            for a, b in zip(one, other, strict=True):
+                if a != b and (a, b) not in axes:
+                    raise UnsupportedModelError("What the layers return grows by another rule than batch and tokens.")
+                shape.append(a if a == b else axes[a, b])
+            shapes.append(tuple(shape))
+        return cls(small.tree, tuple(shapes), small.dtypes)
+
+    def sizes(self, batch: int, tokens: int) -> list[tuple[int, ...]]:
+        """The tensors' shapes for a step of ``tokens`` new tokens in each of ``batch`` rows."""
+        known = {BATCH: batch, TOKENS: tokens}
+        return [tuple(known.get(size, size) for size in shape) for shape in self.shapes]
+
+    def empty(self, batch: int, dtype: torch.dtype, device: torch.device) -> Border:
+        """The border of a step of no tokens."""
+        kinds = [dtype if kind.is_floating_point else kind for kind in self.dtypes]
+        sizes = self.sizes(batch, 0)
+        tensors = (torch.zeros(size, dtype=kind, device=device) for size, kind in zip(sizes, kinds, strict=True))
+        return Border(tuple(tensors), self.tree)
+
+    def check(self, border: Border, batch: int, tokens: int) -> None:
+        """Raise RemoteProtocolError unless a peer's border has this tree, these shapes and fitting dtypes."""
+        if border.tree != self.tree:
+            raise RemoteProtocolError("The peer's activations have another structure than this model's layers return.")
+        if len(border.tensors) != len(self.shapes):
+            raise RemoteProtocolError(f"The peer sent {len(border.tensors)} tensors where {len(self.shapes)} are due.")
+        for tensor, kind, size in zip(border.tensors, self.dtypes, self.sizes(batch, tokens), strict=True):
+            fits = tensor.dtype.is_floating_point if kind.is_floating_point else tensor.dtype == kind
+            if not fits or tuple(tensor.shape) != size:
+                raise RemoteProtocolError(
+                    f"The peer sent {DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} where {list(size)} is due."
+                )
+
+
+def shape_of(tensors: Sequence[torch.Tensor], tree: Any) -> BorderShape:
+    """The shape as seen, with plain numbers for all sizes."""
+    return BorderShape(
+        tree, tuple(tuple(tensor.shape) for tensor in tensors), tuple(tensor.dtype for tensor in tensors)
+    )
+
+
+def flatten(value: Any) -> tuple[list[torch.Tensor], Any]:
+    """Take a layer's return value apart; raises UnsupportedModelError for what cannot travel."""
+    tensors: list[torch.Tensor] = []
+
+    def walk(part: Any, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise UnsupportedModelError("The layers return values nested too deeply to be sent on.")
+        if isinstance(part, torch.Tensor):
+            tensors.append(part)
+            return [TENSOR, len(tensors) - 1]
+        if type(part) is tuple or type(part) is list:
+            return [TUPLE if type(part) is tuple else LIST, [walk(item, depth + 1) for item in part]]
+        if type(part) is dict and all(isinstance(key, str) for key in part):
+            return [DICT, list(part), [walk(item, depth + 1) for item in part.values()]]
+        if part is None or isinstance(part, bool | int | float | str):
+            return [CONSTANT, part]
+        raise UnsupportedModelError(
+            f"The layers return a {type(part).__name__}, which cannot be sent to another holder."
+        )
+
+    if isinstance(value, torch.Tensor):
+        return [value], None
+    tree = walk(value, 0)
+    return tensors, tree
+
+
+def rebuild(tensors: Sequence[torch.Tensor], tree: Any) -> Any:
+    """What ``flatten`` took apart; the tree must be one that ``BorderShape.check`` has accepted."""
+    if tree is None:
+        return tensors[0]
+    kind, *rest = tree
+    if kind == TENSOR:
+        return tensors[rest[0]]
+    if kind == CONSTANT:
+        return rest[0]
+    if kind == DICT:
+        return dict(zip(rest[0], (rebuild(tensors, item) for item in rest[1]), strict=True))
+    items = [rebuild(tensors, item) for item in rest[0]]
+    return tuple(items) if kind == TUPLE else items
+
+
+def pack(tensor: torch.Tensor) -> Packed:
+    """A tensor as it travels. Zero copy for a contiguous one on the CPU: keep it unchanged until the bytes are
+    sent.
+    """
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    data = memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else b""
+    return DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data
+
+
+def unpack(dtype: str, shape: Sequence[int], data: bytes | bytearray | memoryview) -> torch.Tensor:
+    """The tensor that a peer sent, a view of ``data``. Raises RemoteProtocolError when the parts do not fit
+    together.
+    """
+    kind = DTYPES.get(dtype)
+    if kind is None:
+        raise RemoteProtocolError(f"The peer sent a tensor of unknown dtype {dtype!r:.20}.")
+    if any(type(size) is not int or size < 0 for size in shape) or len(shape) > 8:
+        raise RemoteProtocolError("The peer sent a tensor with an impossible shape.")
+    count = math.prod(shape)
+    if count * kind.itemsize != len(data):
+        raise RemoteProtocolError(f"The peer sent {len(data)} bytes for a {dtype} tensor of shape {list(shape)}.")
+    if count == 0:
+        return torch.empty(tuple(shape), dtype=kind)
+    if kind is torch.bool:  # any other byte than 0 and 1 would be undefined behaviour in torch
+        return torch.frombuffer(writable(data), dtype=torch.uint8).ne(0).view(tuple(shape))
+    return torch.frombuffer(writable(data), dtype=kind).view(tuple(shape))
+
+
+def writable(data: bytes | bytearray | memoryview) -> bytearray | memoryview:
+    """``torch.frombuffer`` wants a writable buffer; read-only bytes off the wire are copied once."""
+    if isinstance(data, bytearray) or (isinstance(data, memoryview) and not data.readonly):
+        return data
+    return bytearray(data)
+
+
+def to_dtype(border: Border, dtype: torch.dtype, device: torch.device) -> Border:
+    """The border with its floating point tensors in ``dtype``, everything on ``device``; nothing is copied
+    needlessly.
+    """
+    moved = (
+        tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+        for tensor in border.tensors
+    )
+    return Border(tuple(moved), border.tree)
+
+
+def tensors_at(value: Any, place: Place = ()) -> Iterator[tuple[Place, torch.Tensor]]:
+    """Every tensor in nested tuples, lists and dicts with its place; anything else is passed over."""
+    if isinstance(value, torch.Tensor):
+        yield place, value
+    elif len(place) < MAX_DEPTH and type(value) in (tuple, list):
+        for index, item in enumerate(value):
+            yield from tensors_at(item, (*place, index))
+    elif len(place) < MAX_DEPTH and type(value) is dict:
+        for key, item in value.items():
+            yield from tensors_at(item, (*place, key))
+
+
+def replace_at(value: Any, replacements: Mapping[Place, torch.Tensor]) -> Any:
+    """A copy of nested tuples, lists and dicts with other tensors at some places."""
+    if () in replacements:
+        return replacements[()]
+    if not replacements:
+        return value
+    below: dict[int | str, dict[Place, torch.Tensor]] = {}
+    for place, tensor in replacements.items():
+        below.setdefault(place[0], {})[place[1:]] = tensor
+    if isinstance(value, dict):
+        return {key: replace_at(item, below.get(key, {})) for key, item in value.items()}
+    return type(value)(replace_at(item, below.get(index, {})) for index, item in enumerate(value))

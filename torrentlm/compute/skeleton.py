@@ -1,0 +1,126 @@
+"""A model's module tree without its weights: every parameter is a ghost, a view of zero pages that costs no memory.
+
+Buffers that the model computes for itself (rotary tables and the like) are real, as ``from_pretrained`` would
+make them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import mmap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from torrentlm.errors import ArtifactError, UnsupportedModelError
+
+_building = threading.Lock()
+"""Building a model changes torch's default dtype and listens to every module's parameters: one model at a time."""
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The model's config from ``folder/config.json``; never runs code that travels with a model.
+
+    Raises ArtifactError when the file is missing or broken, UnsupportedModelError when transformers does not
+    know the model.
+    """
+    if not (folder / "config.json").is_file():
+        raise ArtifactError(f"{folder} has no config.json; point to the folder of a Hugging Face model.")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (KeyError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"transformers cannot read {folder / 'config.json'}: {first_line(error)}"
+        ) from error
+    except OSError as error:
+        raise ArtifactError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from error
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+    """The causal language model that ``config`` describes, in eval mode, on ``device`` (CPU), with ghosts for
+    parameters.
+
+    Raises UnsupportedModelError when transformers has no such model or cannot build it.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):  # says how a checkpoint was stored; blocks hold plain tensors
+        del config.quantization_config
+    try:
+        with _building, _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # a config can make any model's constructor fail in any way
+        raise UnsupportedModelError(
+            f"transformers cannot build a causal language model from this config: {first_line(error)}"
+        ) from error
+    model.eval()
+    replace_parameters(model, Ghosts(device or torch.device("cpu")))
+    return model
+
+
+class Ghosts:
+    """Makes parameters that read as zeros. All share one stretch of untouched anonymous pages, however large
+    the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pages = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def __call__(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        """A ghost with the shape, dtype and ``requires_grad`` of ``parameter``."""
+        shape, dtype = parameter.shape, parameter.dtype
+        if self._device.type == "cpu":
+            data = self._zeros(math.prod(shape) * dtype.itemsize, dtype).view(shape)
+        else:  # one element, seen as many: an accelerator has no untouched pages
+            data = torch.zeros((), dtype=dtype, device=self._device).expand(shape)
+        return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+    def _zeros(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        if size == 0:
+            return torch.empty(0, dtype=dtype)
+        if size > len(self._pages):  # ghosts made before keep the smaller mapping alive
+            no_reserve = getattr(mmap, "MAP_NORESERVE", 0)
+            self._pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+        return torch.frombuffer(self._pages, dtype=dtype, count=size // dtype.itemsize)
+
+
+def replace_parameters(model: nn.Module, replacement: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Put ``replacement(first name, parameter)`` in the place of every parameter; tied parameters stay tied."""
+    done: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in done:
+                new = replacement(f"{prefix}.{key}" if prefix else key, parameter)
+                done[id(parameter)] = done[id(new)] = new
+            module._parameters[key] = done[id(parameter)]
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that this thread's modules register become meta tensors, so that initialising them costs nothing."""
+    thread = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's message, or its class when it has none: enough for one clear sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
