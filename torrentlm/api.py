@@ -1,0 +1,179 @@
+"""What ``import torrentlm`` gives: plain, blocking calls for scripts; the node runs in a thread of its own beneath.
+
+    >>> import torrentlm
+    >>> with torrentlm.connect("magnet:?…") as model:
+    ...     for text in model.generate("Why is the sky blue?", max_new_tokens=64, stream=True):
+    ...         print(text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, overload
+
+from torrentlm.client.generation import GenerationResult, Options, RouteHop
+from torrentlm.client.model import ChatSession, ModelClient, open_client
+from torrentlm.config import Settings, load
+from torrentlm.portal import Portal
+from torrentlm.records import Sampling, Stop
+
+Hear = Callable[[str], None]
+
+
+def connect(
+    target: str | Path,
+    *,
+    data: str | Path | None = None,
+    port: int | None = None,
+    peers: Sequence[str] | None = None,
+    dht_bootstrap: Sequence[str] | str | None = None,
+    settings: Settings | None = None,
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> Model:
+    """Join the swarm of a model, as a client that holds nothing.
+
+    ``target`` is a magnet link or the path of a model.toml. Options beat ``TORRENTLM_*``, which beat the file.
+    Raises ConfigError, ArtifactError (wrong magnet), NetworkError (nobody there).
+    """
+    overrides = {"data": data, "port": port, "peers": peers, "dht_bootstrap": dht_bootstrap}
+    chosen = settings or load(target, overrides=overrides)
+    return Model(Portal(lambda: open_client(chosen, on_event)))
+
+
+class Model:
+    """A model in the swarm, ready to generate. Use it in a ``with``, or call :meth:`close`."""
+
+    def __init__(self, portal: Portal[ModelClient]) -> None:
+        self._portal = portal
+        self._client = portal.value
+        self.last: GenerationResult | None = None
+        """The newest finished generation."""
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the swarm."""
+        self._portal.close()
+
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[False] = False, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        chat: bool = False,
+        stream: bool = False,
+    ) -> str | Iterator[str]:
+        """Continue ``prompt``, or with ``chat`` answer it through the model's chat template.
+
+        ``stream`` gives an iterator over pieces of text; leaving it early stops the holders. :attr:`last` has the figures.
+        Temperature 0 is greedy; with a seed the same call gives the same tokens whatever the route.
+        Raises RefusedError (too long, …), NoHolderError, HolderLostError.
+        """
+        options = Options(
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+            stop=Stop(strings=tuple(stop)),
+        )
+
+        async def work(emit: Hear) -> None:
+            self.last = await self._client.generate(prompt, options, chat=chat, emit=emit)
+
+        pieces = self._portal.stream(work)
+        return pieces if stream else "".join(pieces)
+
+    def chat(self, *, system: str | None = None) -> Chat:
+        """A conversation with history. Use it in a ``with``, or call its ``close``."""
+        return Chat(self, self._portal, self._client.chat(system))
+
+    def session(self, *, batch: int = 1, max_length: int = 512, pads: Sequence[int] | None = None) -> Session:
+        """Stepping mode: full control, see :class:`Session`."""
+        return Session(self._portal, self._client.steps(batch, max_length, tuple(pads or (0,) * batch)))
+
+    def route(self) -> tuple[RouteHop, ...]:
+        """The route that a generation would take now. Raises NoHolderError."""
+        return self._portal.run(self._client.route)
+
+    def stats(self) -> dict[str, Any]:
+        """Peers, round trips and bytes, as plain values."""
+        return self._portal.run(self._client.stats)
+
+    def inspect(self) -> dict[str, Any]:
+        """Blocks, files, hashes, tensors and who holds what, as plain values."""
+        return self._portal.run(self._client.inspect)
+
+
+class Chat:
+    """A conversation; the holders keep its KV-cache between turns."""
+
+    def __init__(self, model: Model, portal: Portal[ModelClient], session: ChatSession) -> None:
+        self._model = model
+        self._portal = portal
+        self._session = session
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def system(self) -> str | None:
+        return self._session.context.system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._session.context.system = text
+
+    @property
+    def history(self) -> list[dict[str, str]]:
+        """The messages so far, ``{"role": …, "content": …}`` each."""
+        return list(self._session.context.messages)
+
+    def send(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Answer ``text`` in pieces. Leaving the iterator early stops the answer; what came of it stays in the history."""
+        options = Options(max_new_tokens, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed))
+
+        async def work(emit: Hear) -> None:
+            self._model.last = await self._session.ask(text, options, emit)
+
+        return self._portal.stream(work)
+
+    def reset(self) -> None:
+        """Forget the conversation; the system prompt stays."""
+        self._session.context.reset()
+
+    def close(self) -> None:
+        """Free what the holders keep for it."""
+        self._portal.run(self._session.close)

@@ -1,0 +1,162 @@
+"""A model in the swarm as a client uses it: routes, sessions, generations, chats. No weights, no blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import trio
+
+from torrentlm.client.chat import ChatContext, chat_ids
+from torrentlm.client.generation import GenerationResult, Options, RouteHop, generate
+from torrentlm.client.route_finder import ROUTE_TIMEOUT_S, Directory, find_route
+from torrentlm.client.session import Links, RemoteSession, open_session
+from torrentlm.errors import RefusedError
+from torrentlm.records import Stop
+from torrentlm.route.plan import Hop
+from torrentlm.wire.messages import Tensor, Want
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHAT_LENGTH = 4096
+"""Tokens of a chat's session, if the model allows as many."""
+
+
+class ModelClient:
+    """``max_length`` is the model's own limit in tokens (None: it has none); ``stop_tokens`` end every generation."""
+
+    def __init__(
+        self,
+        links: Links,
+        directory: Directory,
+        model: bytes,
+        tokenizer: PreTrainedTokenizerBase,
+        nursery: trio.Nursery,
+        *,
+        max_length: int | None,
+        stop_tokens: Sequence[int],
+        waiting: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._links = links
+        self._directory = directory
+        self._model = model
+        self._tokenizer = tokenizer
+        self._nursery = nursery
+        self._max_length = max_length
+        self._stop_tokens = tuple(stop_tokens)
+        self._waiting = waiting
+
+    async def route(self, timeout: float = ROUTE_TIMEOUT_S) -> tuple[RouteHop, ...]:
+        """The route that a session opened now would take. Raises NoHolderError."""
+        hops = await find_route(self._directory, timeout=timeout, waiting=self._waiting)
+        return tuple(RouteHop(str(hop.endpoint), hop.span.first, hop.span.last) for hop in hops)
+
+    async def open(self, *, batch: int = 1, max_length: int, pads: tuple[int, ...] | None = None) -> RemoteSession:
+        """A session on the best route. Raises NoHolderError, RefusedError, HolderLostError, NetworkError."""
+        hops = await find_route(self._directory, waiting=self._waiting)
+        labels = [self._label(hop) for hop in hops]
+        return await open_session(
+            self._links, self._nursery, self._model, hops, labels, batch=batch, max_length=max_length, pads=pads
+        )
+
+    @asynccontextmanager
+    async def session(self, *, batch: int = 1, max_length: int, pads: tuple[int, ...] | None = None) -> AsyncIterator[RemoteSession]:
+        """:meth:`open`, closed on the way out."""
+        session = await self.open(batch=batch, max_length=max_length, pads=pads)
+        try:
+            yield session
+        finally:
+            await session.close()
+
+    def _label(self, hop: Hop) -> str:
+        blocks = f"block {hop.span}" if len(hop.span) == 1 else f"blocks {hop.span}"
+        return f"the holder at {hop.endpoint} ({blocks})"
+
+    async def generate(
+        self, prompt: str, options: Options, *, chat: bool = False, emit: Callable[[str], None] = lambda text: None
+    ) -> GenerationResult:
+        """Continue ``prompt`` as it is, or answer it through the chat template. Raises as :meth:`open`."""
+        started = trio.current_time()
+        if chat:
+            ids = chat_ids(self._tokenizer, [{"role": "user", "content": prompt}])
+        else:
+            ids = [int(token) for token in self._tokenizer(prompt)["input_ids"]]
+        if not ids:
+            raise RefusedError("the prompt is empty: there is nothing to continue", "bad_request")
+        length = len(ids) + options.max_new_tokens
+        if self._max_length is not None and length > self._max_length:
+            raise RefusedError(
+                f"{len(ids)} prompt tokens and {options.max_new_tokens} new ones make {length}, but this model ends at "
+                f"{self._max_length}: shorten the prompt or ask for fewer",
+                "max_length",
+            )
+        async with self.session(max_length=length) as session:
+            return await generate(session, self._tokenizer, ids, self.complete(options), started=started, emit=emit)
+
+    def complete(self, options: Options) -> Options:
+        """With the model's own end-of-text tokens among the stops."""
+        stop = Stop(tuple(dict.fromkeys((*options.stop.tokens, *self._stop_tokens))), options.stop.strings)
+        return replace(options, stop=stop)
+
+    def chat(self, system: str | None) -> ChatSession:
+        return ChatSession(self, ChatContext(self._tokenizer, system), min(CHAT_LENGTH, self._max_length or CHAT_LENGTH))
+
+    def steps(self, batch: int, max_length: int, pads: tuple[int, ...]) -> StepSession:
+        return StepSession(self, batch, max_length, pads)
+
+
+class ChatSession:
+    """A conversation and its session on the holders, opened when first needed and again after a holder was lost."""
+
+    def __init__(self, client: ModelClient, context: ChatContext, max_length: int) -> None:
+        self.context = context
+        self._client = client
+        self._max_length = max_length
+        self._session: RemoteSession | None = None
+
+    async def ask(self, text: str, options: Options, emit: Callable[[str], None]) -> GenerationResult:
+        """One turn. Raises as ModelClient.open; a conversation past the session's length is a RefusedError."""
+        if self._session is not None and self._session.lost:
+            await self.close()
+        if self._session is None:
+            self.context.forget_cache()
+            self._session = await self._client.open(max_length=self._max_length)
+        return await self.context.ask(self._session, text, self._client.complete(options), emit)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()
+
+
+class StepSession:
+    """Stepping mode: one step at a time, logits back. Opened with the first step."""
+
+    def __init__(self, client: ModelClient, batch: int, max_length: int, pads: tuple[int, ...]) -> None:
+        self._client = client
+        self._batch = batch
+        self._max_length = max_length
+        self._pads = pads
+        self._session: RemoteSession | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens per row that are in the caches."""
+        return 0 if self._session is None else self._session.length
+
+    async def step(
+        self, rows: Sequence[Sequence[int]], position: int | None, want: Want, reorder: Sequence[int] | None
+    ) -> Tensor:
+        """See RemoteSession.step."""
+        if self._session is None:
+            self._session = await self._client.open(batch=self._batch, max_length=self._max_length, pads=self._pads)
+        return await self._session.step(rows, position=position, want=want, reorder=reorder)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()

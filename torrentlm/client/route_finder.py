@@ -1,0 +1,58 @@
+"""Waiting for a route: the swarm is young or changing, so a missing block may be a matter of seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from torrentlm.errors import NoHolderError
+from torrentlm.manifest.manifest import Manifest
+from torrentlm.route.plan import Hop, Missing, plan_route
+from torrentlm.route.registry import Snapshot
+
+ROUTE_TIMEOUT_S = 30.0
+POLL_S = 0.25
+
+
+class Directory(Protocol):
+    """Who holds what, as the client sees it."""
+
+    manifest: Manifest
+
+    def snapshot(self) -> Snapshot: ...
+
+
+async def find_route(
+    directory: Directory, *, timeout: float = ROUTE_TIMEOUT_S, waiting: Callable[[str], None] = lambda text: None
+) -> tuple[Hop, ...]:
+    """The best route as soon as there is one.
+
+    Raises NoHolderError, naming the first block that nobody serves, after ``timeout`` seconds; ``waiting`` hears that sentence
+    whenever it changes before.
+    """
+    manifest = directory.manifest
+    told = ""
+    deadline = trio.current_time() + timeout
+    while True:
+        snapshot = directory.snapshot()
+        route = plan_route(snapshot, len(manifest.blocks))
+        if not isinstance(route, Missing):
+            return route
+        sentence = missing_sentence(manifest, route, snapshot)
+        if sentence != told:
+            told = sentence
+            waiting(sentence)
+        if trio.current_time() >= deadline:
+            raise NoHolderError(sentence)
+        await trio.sleep(POLL_S)
+
+
+def missing_sentence(manifest: Manifest, missing: Missing, snapshot: Snapshot) -> str:
+    """Which block is missing, and how many of the peers that we know of have said what they hold."""
+    peers = f"{snapshot.answered} of {snapshot.known} known peers answered"
+    advice = "start a holder for it with: torrentlm seed MAGNET --blocks " + str(missing.block)
+    if snapshot.known == 0:
+        peers, advice = "no peer is known", "check the network, or name a peer with --peer HOST:PORT"
+    return f"no peer holds {manifest.block_label(missing.block)}; {peers}: {advice}"

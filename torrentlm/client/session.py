@@ -1,0 +1,330 @@
+"""One session on a route, as its client: handles on every holder, leases, epochs, tokens coming back.
+
+The client is not in the token loop: it opens the session, sends the prompt to the stem's holder and what to sample to the head's
+holder, and then only listens. A second way, stepping, gives full control: tokens in, logits out, roll back, reorder rows.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from torrentlm.errors import HolderLostError, LocalProtocolError, NetworkError, RefusedError, RemoteProtocolError
+from torrentlm.records import NodeKey, Sampling, SessionId, Stop
+from torrentlm.route.plan import Hop
+from torrentlm.wire.messages import (
+    Close,
+    Fail,
+    Generate,
+    Halt,
+    Message,
+    NextHop,
+    Open,
+    Opened,
+    Output,
+    Renew,
+    Step,
+    Tensor,
+    Token,
+    Want,
+)
+
+OPEN_TIMEOUT_S = 20.0
+SILENCE_LIMIT_S = 60.0
+"""Longest wait for the next token or output; a dead pipe is noticed much sooner."""
+LEASE_S = 30.0
+PREFILL_CHUNK = 512
+"""Tokens per step of a long prompt: the holders work on different chunks of it at the same time."""
+CLOSE_TIMEOUT_S = 1.0
+
+
+class Links(Protocol):
+    """How a client reaches holders; the node is one."""
+
+    async def connect(self, hop: NextHop) -> None:
+        """Make sure that there is a pipe. Raises NetworkError."""
+
+    async def send(self, node: NodeKey, message: Message, session: SessionId) -> None:
+        """Send on the session's stream. Raises NetworkError when the node cannot be reached."""
+
+    def listen(self, session: SessionId, inbox: trio.MemorySendChannel[Message]) -> None:
+        """Deliver what holders send to this handle into ``inbox``."""
+
+    def stop_listening(self, session: SessionId) -> None:
+        """Undo :meth:`listen`."""
+
+    async def wait_lost(self, node: NodeKey) -> None:
+        """Return when there is no pipe to ``node`` any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """A holder's pipe is dead: put into the inbox by its watcher."""
+
+    hop: int
+
+
+class RemoteSession:
+    """Made by :func:`open_session`. ``length`` is the number of tokens per row that every holder surely has cached."""
+
+    def __init__(self, links: Links, hops: Sequence[Hop], labels: Sequence[str], batch: int, max_length: int) -> None:
+        self.hops = tuple(hops)
+        self.batch = batch
+        self.max_length = max_length
+        self.length = 0
+        self._links = links
+        self._labels = tuple(labels)
+        self._handles = tuple(SessionId(secrets.token_bytes(16)) for _ in hops)
+        self._epoch = 0
+        self._running = False
+        self._send_inbox, self._inbox = trio.open_memory_channel[Message | _Lost](1024)
+        self._scope = trio.CancelScope()
+        self._closed = False
+        self.lost = False
+        """A holder went away or refused: nothing more will come of this session."""
+        for handle in self._handles:
+            links.listen(handle, self._send_inbox)
+
+    @property
+    def _stem(self) -> tuple[NodeKey, SessionId]:
+        return self.hops[0].node, self._handles[0]
+
+    @property
+    def _head(self) -> tuple[NodeKey, SessionId]:
+        return self.hops[-1].node, self._handles[-1]
+
+    def _open_message(self, index: int, model: bytes, pads: tuple[int, ...]) -> Open:
+        following = (index + 1) % len(self.hops)
+        hop, after = self.hops[index], self.hops[following]
+        return Open(
+            session=self._handles[index],
+            epoch=0,
+            model=model,
+            first=hop.span.first,
+            last=hop.span.last,
+            prev=(self.hops[index - 1].node,),
+            next=NextHop(after.node, after.endpoint.host, after.endpoint.port, self._handles[following]),
+            batch=self.batch,
+            max_length=self.max_length,
+            lease_ms=int(LEASE_S * 1000),
+            pads=pads,
+            want_dtype=None,
+        )
+
+    async def _open(self, model: bytes, pads: tuple[int, ...]) -> None:
+        async def open_hop(index: int) -> None:
+            hop = self.hops[index]
+            await self._links.connect(NextHop(hop.node, hop.endpoint.host, hop.endpoint.port, self._handles[index]))
+            await self._links.send(hop.node, self._open_message(index, model, pads), self._handles[index])
+
+        waiting = set(self._handles)
+        with trio.move_on_after(OPEN_TIMEOUT_S):
+            for index in range(len(self.hops)):
+                await open_hop(index)
+            while waiting:
+                message = await self._next()
+                if isinstance(message, Opened):
+                    waiting.discard(message.session)
+        if waiting:
+            late = self._labels[self._handles.index(waiting.pop())]
+            raise HolderLostError(f"{late} did not open a session within {OPEN_TIMEOUT_S:.0f} s: try again")
+
+    async def _next(self) -> Message:
+        """The next message of any holder of this session; failures become exceptions."""
+        message = await self._inbox.receive()
+        if isinstance(message, _Lost):
+            self.lost = True
+            raise HolderLostError(f"{self._labels[message.hop]} went away in the middle of the session: ask again")
+        if isinstance(message, Fail) and message.epoch >= self._epoch:
+            self.lost = True
+            label = self._labels[self._handles.index(message.session)]
+            if message.code == "lost_next":
+                raise HolderLostError(f"{label} lost the next holder on the route ({message.message}): ask again")
+            raise RefusedError(f"{label}: {message.message}", message.code)
+        return message
+
+    async def _send(self, hop: int, message: Message) -> None:
+        try:
+            await self._links.send(self.hops[hop].node, message, self._handles[hop])
+        except NetworkError as error:
+            self.lost = True
+            raise HolderLostError(f"{self._labels[hop]} cannot be reached any more ({error}): ask again") from error
+
+    async def _keep(self) -> None:
+        """While the session is open: renew its leases, notice lost holders."""
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                for index in range(len(self.hops)):
+                    nursery.start_soon(self._watch, index)
+                while True:
+                    await trio.sleep(LEASE_S / 3)
+                    for hop, handle in enumerate(self._handles):
+                        try:
+                            await self._links.send(self.hops[hop].node, Renew((handle,)), handle)
+                        except NetworkError:
+                            await self._send_inbox.send(_Lost(hop))
+
+    async def _watch(self, index: int) -> None:
+        await self._links.wait_lost(self.hops[index].node)
+        await self._send_inbox.send(_Lost(index))
+
+    def _new_epoch(self, position: int) -> None:
+        if position > self.length:
+            raise LocalProtocolError(f"position {position} is past the {self.length} tokens of this session")
+        self._epoch += 1
+
+    async def generate(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        position: int | None = None,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Stop,
+        history: Sequence[Sequence[int]] | None = None,
+    ) -> AsyncIterator[Token]:
+        """Feed ``rows`` (B × n token ids) at ``position`` (default: the end) and yield tokens until the head stops.
+
+        ``history`` are all ids before the first new token, per row; they go to the head's holder only, and only if the sampling
+        needs them. Leaving the iterator early cancels on every holder. Raises RefusedError, HolderLostError.
+        """
+        start = self.length if position is None else position
+        self._new_epoch(start)
+        epoch = self._epoch
+        count = len(rows[0])
+        end = start + count
+        if end + 1 > self.max_length:
+            raise RefusedError(
+                f"the text has {end} tokens and leaves no room in a session of {self.max_length}: shorten it", "max_length"
+            )
+        past = None
+        if sampling.repetition_penalty != 1.0 and history is not None:
+            past = Tensor.ids(history)
+        self.length = start
+        self._running = True
+        try:
+            last = len(self.hops) - 1
+            await self._send(
+                last, Generate(self._handles[last], epoch, end - 1, max_new_tokens, sampling, stop, past)
+            )
+            for offset in range(0, count, PREFILL_CHUNK):
+                chunk = [row[offset : offset + PREFILL_CHUNK] for row in rows]
+                await self._send(0, self._step(epoch, start + offset, end - 1, Want.SAMPLE, Tensor.ids(chunk)))
+            while True:
+                token = await self._await_token(epoch)
+                self.length = token.position
+                if token.finish is not None:
+                    self._running = False
+                yield token
+                if token.finish is not None:
+                    return
+        finally:
+            if self._running:
+                self._running = False
+                with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+                    await self._cancel(epoch)
+
+    async def _await_token(self, epoch: int) -> Token:
+        with trio.move_on_after(SILENCE_LIMIT_S):
+            while True:
+                message = await self._next()
+                if isinstance(message, Token) and message.epoch == epoch:
+                    if len(message.tokens) != self.batch:
+                        raise RemoteProtocolError(f"{self._labels[-1]} sent {len(message.tokens)} rows of tokens")
+                    return message
+        raise HolderLostError(f"no token came for {SILENCE_LIMIT_S:.0f} s: ask again")
+
+    async def _cancel(self, epoch: int) -> None:
+        for hop, handle in enumerate(self._handles):
+            try:
+                await self._links.send(self.hops[hop].node, Halt(handle, epoch), handle)
+            except NetworkError:
+                continue  # a holder that is gone has nothing left to stop
+
+    def _step(
+        self, epoch: int, position: int, emit_from: int, want: Want, tensor: Tensor, reorder: tuple[int, ...] | None = None
+    ) -> Step:
+        return Step(
+            session=self._handles[0],
+            epoch=epoch,
+            position=position,
+            emit_from=emit_from,
+            want=want,
+            reorder=reorder,
+            tensors=(tensor,),
+        )
+
+    async def step(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        position: int | None = None,
+        want: Want = Want.LOGITS_ALL,
+        reorder: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Stepping mode: feed B × n ids (n may be 0) and return the logits, [B, n, vocabulary] or [B, 1, vocabulary].
+
+        A ``position`` below :attr:`length` rolls the session back to it first; ``reorder`` picks cache rows before the step.
+        """
+        start = self.length if position is None else position
+        if start != self.length or self._epoch == 0:
+            self._new_epoch(start)
+        await self._send(
+            0,
+            self._step(
+                self._epoch, start, start, want, Tensor.ids(rows), tuple(reorder) if reorder is not None else None
+            ),
+        )
+        with trio.move_on_after(SILENCE_LIMIT_S):
+            while True:
+                message = await self._next()
+                if isinstance(message, Output) and (message.epoch, message.position) == (self._epoch, start):
+                    if len(message.tensors) != 1:
+                        raise RemoteProtocolError(f"{self._labels[-1]} sent {len(message.tensors)} tensors as logits")
+                    self.length = start + len(rows[0])
+                    return message.tensors[0]
+        raise HolderLostError(f"no output came for {SILENCE_LIMIT_S:.0f} s: ask again")
+
+    async def close(self) -> None:
+        """Free what the holders keep; twice is once. A holder that cannot be told frees it when the lease ends."""
+        if self._closed:
+            return
+        self._closed = True
+        self._scope.cancel()
+        with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+            for hop, handle in enumerate(self._handles):
+                try:
+                    await self._links.send(self.hops[hop].node, Close(handle), handle)
+                except NetworkError:
+                    continue
+        for handle in self._handles:
+            self._links.stop_listening(handle)
+
+
+async def open_session(
+    links: Links,
+    nursery: trio.Nursery,
+    model: bytes,
+    hops: Sequence[Hop],
+    labels: Sequence[str],
+    *,
+    batch: int = 1,
+    max_length: int,
+    pads: tuple[int, ...] | None = None,
+) -> RemoteSession:
+    """Open a session on every holder of ``hops``; the caller closes it. ``nursery`` runs its watchers until then.
+
+    ``labels`` name the holders in messages to a person. Raises RefusedError, HolderLostError, NetworkError.
+    """
+    session = RemoteSession(links, hops, labels, batch, max_length)
+    try:
+        await session._open(model, pads or (0,) * batch)
+    except BaseException:
+        await session.close()
+        raise
+    nursery.start_soon(session._keep)
+    return session

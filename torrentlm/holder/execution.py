@@ -1,0 +1,98 @@
+"""One session's compute on one holder: the span's runner, its KV-cache and, at the head, the sampling.
+
+Everything here runs in the device's worker thread, one step at a time; only :meth:`Execution.order` and
+:meth:`Execution.needs_order` are called from the event loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torrentlm.compute.border import from_wire, to_wire
+from torrentlm.errors import RefusedError
+from torrentlm.holder.head import Emission, HeadRun
+from torrentlm.holder.model import HeldModel
+from torrentlm.records import Span
+from torrentlm.wire.messages import Generate, Open, Step, Tensor, Want
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a step gave: a border for the next hop, or an emission (and the ids to feed back), or tensors for the client."""
+
+    border: tuple[tuple[Tensor, ...], Any] | None = None
+    emission: Emission | None = None
+    fed: Tensor | None = None
+    output: tuple[Tensor, ...] | None = None
+
+
+class Execution:
+    """Raises RefusedError from the constructor if the span or the length cannot be served."""
+
+    def __init__(self, model: HeldModel, span: Span, opened: Open) -> None:
+        limit = model.max_length
+        if limit is not None and opened.max_length > limit:
+            raise RefusedError(
+                f"a session of {opened.max_length} tokens was asked for, but this model ends at {limit}: ask for fewer",
+                "max_length",
+            )
+        self.span = span
+        self._model = model
+        self._runner = model.runner(span)
+        self._batch = opened.batch
+        self._max_length = opened.max_length
+        self.kv_bytes = self._runner.cache_bytes(opened.batch, opened.max_length)
+        self._cache = self._runner.open(opened.batch, opened.max_length, opened.pads)
+        self._order: Generate | None = None
+        self._head_run: HeadRun | None = None
+
+    @property
+    def is_head(self) -> bool:
+        return self.span.last == self._model.last_block
+
+    def order(self, order: Generate) -> None:
+        """What to sample in an epoch; a newer one replaces it."""
+        if self._order is None or order.epoch > self._order.epoch:
+            self._order = order
+
+    def needs_order(self, step: Step) -> bool:
+        return self._emits(step) and (self._order is None or self._order.epoch < step.epoch)
+
+    def _emits(self, step: Step) -> bool:
+        return self.is_head and step.want == Want.SAMPLE and step.position + step.extent[1] > step.emit_from
+
+    def run(self, step: Step) -> Result:
+        """Run one step. Raises RefusedError or RemoteProtocolError if its tensors cannot be this span's input."""
+        runner = self._runner
+        if self._cache.length > step.position:
+            runner.trim(self._cache, step.position)
+        if self._cache.length < step.position:
+            raise RefusedError(f"this session's cache ends at {self._cache.length}", "bad_request")
+        if step.reorder is not None:
+            runner.reorder(self._cache, step.reorder)
+        given = from_wire(step.tensors, step.tree, runner.expects(self._batch, step.extent[1]))
+        emits = self._emits(step)
+        want = Want.LOGITS_LAST if emits else Want.NONE if step.want == Want.SAMPLE else step.want
+        result = runner.forward(self._cache, given, want=want)
+        if not self.is_head:
+            tensors, tree = to_wire(result)
+            return Result(output=tensors) if step.want == Want.HIDDEN else Result(border=(tensors, tree))
+        if emits:
+            emission = self._run_of(step.epoch).emit(result.logits, step.position + step.extent[1])
+            ids = [[token] for token in emission.tokens]
+            return Result(emission=emission, fed=Tensor.ids(ids))
+        if step.want == Want.NONE or step.want == Want.SAMPLE:
+            return Result()
+        return Result(output=to_wire(result)[0])
+
+    def _run_of(self, epoch: int) -> HeadRun:
+        order = self._order
+        if order is None or order.epoch != epoch:
+            raise RefusedError("the head was told to sample in another epoch", "bad_request")
+        if self._head_run is None or self._head_run.order is not order:
+            tokenizer = self._model.tokenizer if order.stop.strings else None
+            self._head_run = HeadRun(
+                order, batch=self._batch, max_length=self._max_length, tokenizer=tokenizer, filler=self._model.filler
+            )
+        return self._head_run

@@ -1,0 +1,337 @@
+"""The holder: runs the steps of many sessions on the blocks that this node keeps resident.
+
+Messages come in through :meth:`Holder.handle` (which never waits for compute), results leave through an :class:`Outbox`. Each
+session has one task, fed by a bounded queue; the device runs one forward at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from torrentlm.compute.device import Device
+from torrentlm.errors import NetworkError, RefusedError, TorrentLMError
+from torrentlm.holder.execution import Execution, Result
+from torrentlm.holder.model import HeldModel
+from torrentlm.holder.session import Session
+from torrentlm.records import NodeKey, SessionId, Span
+from torrentlm.wire.messages import (
+    Close,
+    Fail,
+    Generate,
+    Halt,
+    Message,
+    NextHop,
+    Open,
+    Opened,
+    Output,
+    Renew,
+    Step,
+    Token,
+    Want,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_SESSIONS = 256
+MAX_QUEUED_STEPS = 64
+MAX_LEASE_S = 600.0
+REAP_EVERY_S = 1.0
+GENERATE_WAIT_S = 10.0
+"""How long the head waits for the client's Generate when the activations overtook it."""
+
+
+class Outbox(Protocol):
+    """How a holder reaches other nodes (and itself, as a hop like any other)."""
+
+    async def connect(self, hop: NextHop) -> None:
+        """Make sure that there is a pipe to ``hop``. Raises NetworkError."""
+
+    async def send(self, node: NodeKey, message: Message, session: SessionId) -> None:
+        """Send on the session's stream. Raises NetworkError when the node cannot be reached."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """A session with what it needs to run."""
+
+    session: Session
+    execution: Execution
+    kv_bytes: int
+    queue: trio.MemorySendChannel[Step]
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ordered: trio.Event = field(default_factory=trio.Event)
+
+
+class Holder:
+    """Owns every session on this node. ``kv_budget`` in bytes bounds the KV-caches of all sessions together."""
+
+    def __init__(
+        self,
+        node: NodeKey,
+        outbox: Outbox,
+        device: Device,
+        *,
+        kv_budget: int,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._node = node
+        self._outbox = outbox
+        self._device = device
+        self._kv_budget = kv_budget
+        self._changed = changed
+        self._models: dict[bytes, HeldModel] = {}
+        self._live: dict[SessionId, _Live] = {}
+        self._nursery: trio.Nursery | None = None
+
+    @property
+    def sessions(self) -> int:
+        return len(self._live)
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(live.kv_bytes for live in self._live.values())
+
+    def hold(self, model: HeldModel) -> None:
+        """Serve this model's resident spans from now on."""
+        self._models[model.id] = model
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; every session ends with it."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                while True:
+                    await trio.sleep(REAP_EVERY_S)
+                    now = trio.current_time()
+                    for live in [live for live in self._live.values() if live.session.expires < now]:
+                        log.info("session %s: lease ran out", live.session.id.hex()[:8])
+                        self._end(live)
+        finally:
+            self._nursery = None
+
+    async def handle(self, sender: NodeKey, message: Message) -> None:
+        """Take one message of ``sender``, an authenticated peer or this node itself."""
+        match message:
+            case Open():
+                await self._open(sender, message)
+            case Step():
+                await self._step(sender, message)
+            case Generate() if live := self._of_client(sender, message.session):
+                live.execution.order(message)
+                live.ordered.set()
+                live.ordered = trio.Event()
+            case Halt():
+                await self._halt(sender, message)
+            case Renew():
+                for session in message.sessions:
+                    if live := self._of_client(sender, session):
+                        live.session.renew(trio.current_time())
+            case Close() if live := self._of_client(sender, message.session):
+                self._end(live)
+            case Fail():
+                await self._next_failed(sender, message)
+            case _:
+                pass
+
+    async def _next_failed(self, sender: NodeKey, message: Fail) -> None:
+        """The next holder refused a step (it answers to whoever sent it): only the client can act on that."""
+        for live in list(self._live.values()):
+            hop = live.session.next
+            if hop is not None and (hop.node, hop.session) == (sender, message.session):
+                await self._fail(live, message.epoch, message.code, message.message, end=False)
+
+    def _of_client(self, sender: NodeKey, session: SessionId) -> _Live | None:
+        live = self._live.get(session)
+        return live if live is not None and live.session.client == sender else None
+
+    async def _open(self, sender: NodeKey, message: Open) -> None:
+        try:
+            live = self._admit_session(sender, message)
+        except TorrentLMError as error:
+            code = error.code if isinstance(error, RefusedError) else "internal"
+            await self._tell(sender, Fail(message.session, message.epoch, code, str(error), None), message.session)
+            return
+        if message.next is not None and message.next.node != self._node and self._nursery is not None:
+            self._nursery.start_soon(self._dial_ahead, message.next)
+        await self._tell(sender, Opened(message.session, message.epoch, live.kv_bytes), message.session)
+
+    def _admit_session(self, client: NodeKey, message: Open) -> _Live:
+        if self._nursery is None:
+            raise RefusedError("this holder is shutting down", "busy")
+        model = self._models.get(message.model)
+        if model is None:
+            raise RefusedError("this peer holds no block of that model", "wrong_model")
+        if message.session in self._live:
+            raise RefusedError("this session is open already", "bad_request")
+        if len(self._live) >= MAX_SESSIONS:
+            raise RefusedError(f"this holder serves {MAX_SESSIONS} sessions already: try again later", "busy")
+        execution = Execution(model, Span(message.first, message.last), message)
+        if self.kv_bytes + execution.kv_bytes > self._kv_budget:
+            free = max(0, self._kv_budget - self.kv_bytes)
+            raise RefusedError(
+                f"a KV-cache of {execution.kv_bytes >> 20} MiB does not fit: this holder has {free >> 20} MiB left for sessions",
+                "memory",
+            )
+        lease = min(message.lease_ms / 1000, MAX_LEASE_S)
+        session = Session(
+            id=message.session,
+            client=client,
+            span=execution.span,
+            prev=frozenset(message.prev),
+            next=message.next,
+            batch=message.batch,
+            max_length=message.max_length,
+            pads=message.pads,
+            lease_s=lease,
+            expires=trio.current_time() + lease,
+            epoch=message.epoch,
+        )
+        queue, steps = trio.open_memory_channel[Step](MAX_QUEUED_STEPS)
+        live = _Live(session, execution, execution.kv_bytes, queue)
+        self._live[session.id] = live
+        self._nursery.start_soon(self._serve, live, steps)
+        self._changed()
+        return live
+
+    async def _dial_ahead(self, hop: NextHop) -> None:
+        """So that the first step does not wait for a dial; a failure shows when the step is sent."""
+        try:
+            await self._outbox.connect(hop)
+        except NetworkError as error:
+            log.info("%s", error)
+
+    async def _step(self, sender: NodeKey, step: Step) -> None:
+        live = self._live.get(step.session)
+        if live is None:
+            # Stale steps of a session just closed are normal; only the client can act on the news.
+            await self._tell(
+                sender, Fail(step.session, step.epoch, "unknown_session", "this session is not open here", None), step.session
+            )
+            return
+        rows, tokens = step.extent
+        try:
+            if live.session.admit(sender, step.epoch, step.position, tokens, rows):
+                live.queue.send_nowait(step)
+        except RefusedError as error:
+            await self._fail(live, step.epoch, error.code, str(error), end=False)
+        except trio.WouldBlock:
+            await self._fail(live, step.epoch, "busy", f"more than {MAX_QUEUED_STEPS} steps of this session are waiting")
+
+    async def _halt(self, sender: NodeKey, message: Halt) -> None:
+        live = self._live.get(message.session)
+        if live is None or not live.session.may_send_steps(sender) or not live.session.halt(message.epoch):
+            return
+        # From the head around the ring: the stop passes every holder once and ends where it began.
+        hop = live.session.next
+        if hop is not None and not live.execution.is_head:
+            await self._tell(hop.node, Halt(hop.session, message.epoch), hop.session)
+
+    async def _serve(self, live: _Live, steps: trio.MemoryReceiveChannel[Step]) -> None:
+        session = live.session
+        epoch = session.epoch
+        try:
+            with live.scope:
+                async for step in steps:
+                    epoch = step.epoch
+                    if session.is_stale(epoch):
+                        continue
+                    await self._await_order(live, step)
+                    result = await self._device.run(live.execution.run, step)
+                    if not session.is_stale(epoch):
+                        await self._deliver(live, step, result)
+        except NetworkError as error:
+            await self._fail(live, epoch, "lost_next", str(error))
+        except TorrentLMError as error:
+            code = error.code if isinstance(error, RefusedError) else "bad_request"
+            await self._fail(live, epoch, code, str(error))
+        except MemoryError:
+            await self._fail(live, epoch, "memory", "this holder ran out of memory: close a session or choose another holder")
+        except Exception:
+            # The one place where a bug in a model's forward must not take the other sessions with it.
+            log.exception("session %s failed", session.id.hex()[:8])
+            await self._fail(live, epoch, "internal", "this holder failed while it ran the step: its log says why")
+        finally:
+            steps.close()
+            self._end(live)
+
+    async def _await_order(self, live: _Live, step: Step) -> None:
+        if not live.execution.needs_order(step):
+            return
+        with trio.move_on_after(GENERATE_WAIT_S):
+            while live.execution.needs_order(step) and not live.session.is_stale(step.epoch):
+                await live.ordered.wait()
+        if live.execution.needs_order(step) and not live.session.is_stale(step.epoch):
+            raise RefusedError("the head was never told what to sample", "bad_request")
+
+    async def _deliver(self, live: _Live, step: Step, result: Result) -> None:
+        session, hop = live.session, live.session.next
+        if result.emission is not None:
+            emission = result.emission
+            if emission.finish is not None:
+                session.halt(step.epoch)
+            if hop is not None:
+                # The next lap first: the client's copy of the token is not on the critical path.
+                onward = (
+                    Step(
+                        session=hop.session,
+                        epoch=step.epoch,
+                        position=step.position + step.extent[1],
+                        emit_from=step.emit_from,
+                        want=Want.SAMPLE,
+                        tensors=(result.fed,),
+                    )
+                    if emission.finish is None and result.fed is not None
+                    else Halt(hop.session, step.epoch)
+                )
+                await self._outbox.send(hop.node, onward, hop.session)
+            token = Token(
+                session.id,
+                step.epoch,
+                step.position + step.extent[1],
+                emission.index,
+                emission.tokens,
+                emission.finish,
+            )
+            await self._outbox.send(session.client, token, session.id)
+        elif result.border is not None and hop is not None and not live.execution.is_head:
+            tensors, tree = result.border
+            onward = Step(
+                session=hop.session,
+                epoch=step.epoch,
+                position=step.position,
+                emit_from=step.emit_from,
+                want=step.want,
+                reorder=step.reorder,
+                tensors=tensors,
+                tree=tree,
+            )
+            await self._outbox.send(hop.node, onward, hop.session)
+        elif result.output is not None:
+            await self._outbox.send(
+                session.client, Output(session.id, step.epoch, step.position, result.output), session.id
+            )
+
+    async def _fail(self, live: _Live, epoch: int, code: str, message: str, *, end: bool = True) -> None:
+        session = live.session
+        await self._tell(session.client, Fail(session.id, epoch, code, message, session.span.first), session.id)
+        if end:
+            self._end(live)
+
+    async def _tell(self, node: NodeKey, message: Message, session: SessionId) -> None:
+        """Send what nobody waits for: a peer that is gone by now misses nothing."""
+        try:
+            await self._outbox.send(node, message, session)
+        except NetworkError as error:
+            log.debug("%s", error)
+
+    def _end(self, live: _Live) -> None:
+        if self._live.pop(live.session.id, None) is not None:
+            live.scope.cancel()
+            live.queue.close()
+            self._changed()

@@ -1,0 +1,150 @@
+"""Getting block files: their torrents, from whichever peers say that they hold the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from torrentlm.errors import ArtifactError
+from torrentlm.manifest.manifest import FileEntry, Manifest
+from torrentlm.node.parts import Parts
+from torrentlm.node.peers import ModelPeers
+from torrentlm.swarm.transfer import Transfer
+
+FEED_EVERY_S = 1.0
+DHT_LOOKUP_EVERY_S = 30.0
+PROGRESS_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """``done`` and ``total`` in bytes of the files asked for, ``rate`` in bytes per second."""
+
+    done: int
+    total: int
+    rate: int
+
+
+class BlockFiles:
+    """The block files of one model on this node: on disk, or on their way. Announces and seeds what is complete."""
+
+    def __init__(self, parts: Parts, peers: ModelPeers, manifest: Manifest, folder: Path) -> None:
+        self._parts = parts
+        self._peers = peers
+        self._manifest = manifest
+        self._folder = folder
+        self._transfers: dict[str, Transfer] = {}
+
+    def held(self) -> list[int]:
+        """Blocks whose every file is complete on disk."""
+        store = self._parts.store
+        blocks = range(len(self._manifest.blocks))
+        return [block for block in blocks if all(store.holds(file.name) for file in self._manifest.block_files(block))]
+
+    def seed_what_is_here(self) -> None:
+        """Start the torrents of every complete file, fetched by an earlier session or published just now."""
+        for file in self._manifest.files:
+            if self._parts.store.holds(file.name):
+                self._start(file, verified=True)
+                self._announce(file)
+        self._peers.publish(held=self._spans())
+
+    async def fetch(self, files: Sequence[FileEntry]) -> None:
+        """Return when all ``files`` are complete and verified on disk; they are seeded from then on.
+
+        Raises StorageError if the disk cannot take them, ArtifactError if what a torrent says is not what the manifest says.
+        Waits as long as it takes for somebody to have them.
+        """
+        self._parts.store.require_space({file.name: file.size for file in files})
+        missing = [file for file in files if not self._parts.store.holds(file.name)]
+        if not missing:
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._report, files)
+            nursery.start_soon(self._feed, missing)
+            async with trio.open_nursery() as fetching:
+                for file in missing:
+                    fetching.start_soon(self._fetch_file, file)
+            nursery.cancel_scope.cancel()
+
+    async def _fetch_file(self, file: FileEntry) -> None:
+        transfer = self._start(file, verified=False)
+        await transfer.wait_complete(stall_timeout=float("inf"))
+        self._parts.store.mark_verified(file.name)
+        self._announce(file)
+        self._peers.publish(held=self._spans())
+
+    def _spans(self) -> object:
+        from torrentlm.records import spans_of
+
+        return spans_of(self.held())
+
+    def _start(self, file: FileEntry, *, verified: bool) -> Transfer:
+        path = self._folder / "blocks" / f"{file.name}.torrent"
+        try:
+            torrent = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{path} is missing: delete {self._folder} and join again") from error
+        transfer = self._parts.swarm.add_torrent(torrent, self._parts.store.blocks, verified=verified)
+        if (transfer.v1, transfer.v2) != (file.v1, file.v2):
+            raise ArtifactError(f"{path} is not the torrent that the manifest names: this magnet was published wrongly")
+        self._transfers[file.name] = transfer
+        return transfer
+
+    def _announce(self, file: FileEntry) -> None:
+        for info_hash in self._transfers[file.name].info_hashes:
+            self._parts.swarm.dht.announce(info_hash, self._parts.gateway.endpoint.port)
+
+    async def _feed(self, files: Sequence[FileEntry]) -> None:
+        """Keep telling libtorrent who has what; it ignores those that it is connected to."""
+        blocks_of = {file.name: set[int]() for file in files}
+        for block in range(len(self._manifest.blocks)):
+            for file in self._manifest.block_files(block):
+                if file.name in blocks_of:
+                    blocks_of[file.name].add(block)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._look_up, files)
+            while True:
+                candidates = self._peers.snapshot().candidates
+                for file in files:
+                    transfer = self._transfers.get(file.name)
+                    if transfer is None or transfer.complete:
+                        continue
+                    for candidate in candidates:
+                        if any(block in span for span in candidate.held for block in blocks_of[file.name]):
+                            transfer.connect_peer(candidate.endpoint)
+                await trio.sleep(FEED_EVERY_S)
+
+    async def _look_up(self, files: Sequence[FileEntry]) -> None:
+        """Ordinary clients that seed a block have no record: only the DHT knows of them."""
+        while True:
+            await trio.sleep(DHT_LOOKUP_EVERY_S / 3)
+            for file in files:
+                transfer = self._transfers.get(file.name)
+                if transfer is None or transfer.complete or transfer.progress.download_rate > 0:
+                    continue
+                for endpoint in await self._parts.swarm.dht.find_peers(transfer.info_hashes):
+                    transfer.connect_peer(endpoint)
+            await trio.sleep(DHT_LOOKUP_EVERY_S)
+
+    async def _report(self, files: Sequence[FileEntry]) -> None:
+        while True:
+            loading = self.loading(files)
+            self._parts.say(
+                {"event": "progress", "what": "fetching", "done": loading.done, "total": loading.total, "rate": loading.rate}
+            )
+            await trio.sleep(PROGRESS_EVERY_S)
+
+    def loading(self, files: Sequence[FileEntry]) -> Loading:
+        done = rate = 0
+        for file in files:
+            transfer = self._transfers.get(file.name)
+            if self._parts.store.holds(file.name):
+                done += file.size
+            elif transfer is not None:
+                done += transfer.progress.done
+                rate += transfer.progress.download_rate
+        return Loading(done, sum(file.size for file in files), rate)

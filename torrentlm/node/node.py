@@ -1,0 +1,170 @@
+"""One node: every service in one nursery, and the way of a message from a pipe to whom it is for.
+
+::
+
+    pipe ──▶ Record, Peers ─────────────▶ Membership.peers
+         ──▶ a handle a client listens to ─▶ that client's session
+         ──▶ everything else ────────────▶ Holder ──▶ next holder's pipe, or this node again
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from torrentlm.compute.device import Device
+from torrentlm.config import NodeConfig
+from torrentlm.errors import NetworkError
+from torrentlm.gateway.gateway import Gateway
+from torrentlm.gateway.pipe import Pipe
+from torrentlm.holder.service import Holder
+from torrentlm.manifest.magnet import Magnet
+from torrentlm.node.membership import Membership
+from torrentlm.node.memory import kv_budget
+from torrentlm.node.parts import Parts, Say
+from torrentlm.records import Endpoint, InfoHash, NodeKey, SessionId
+from torrentlm.structured import single_error
+from torrentlm.swarm.session import Swarm
+from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP
+from torrentlm.swarm.store import Store
+from torrentlm.wire.messages import Message, NextHop, Peers, Record
+
+
+class Node:
+    """Made by :func:`open_node`. It is the holder's Outbox and the client's Links."""
+
+    def __init__(self, parts: Parts, nursery: trio.Nursery, device: Device) -> None:
+        self.parts = parts
+        self.key: NodeKey = parts.key
+        self.device = device
+        self.holder = Holder(parts.key, self, device, kv_budget=kv_budget(parts.config), changed=self._sessions_changed)
+        self.memberships: dict[bytes, Membership] = {}
+        self._nursery = nursery
+        self._listeners: dict[SessionId, trio.MemorySendChannel[Message]] = {}
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self.parts.gateway.endpoint
+
+    # -- models
+
+    async def join(self, magnet: Magnet, *, timeout: float) -> Membership:
+        """Take part in a model: find its peers and get its manifest. Raises NetworkError, ArtifactError."""
+        membership = Membership(self.parts, magnet)
+        self.memberships[membership.id] = membership
+        self._nursery.start_soon(membership.run)
+        await membership.obtain(timeout)
+        return membership
+
+    async def hold(self, membership: Membership) -> None:
+        """Hold the blocks that the settings ask for, and serve them."""
+        span = await membership.choose()
+        if span is not None:
+            model = await membership.hold(span, self.device)
+            self.holder.hold(model)
+            membership.serve(model)
+
+    # -- Outbox and Links
+
+    async def connect(self, hop: NextHop) -> None:
+        if hop.node != self.key:
+            await self._pipe(hop)
+
+    async def _pipe(self, hop: NextHop) -> Pipe:
+        """The pipe to ``hop``; dialed with any of our models' hashes if there is none."""
+        pipe = self.parts.gateway.pipes.get(hop.node)
+        if pipe is not None:
+            return pipe
+        membership = next(iter(self.memberships.values()), None)
+        if membership is None:
+            raise NetworkError("this node takes part in no model yet")
+        return await self.parts.gateway.pipe_to(Endpoint(hop.host, hop.port), InfoHash(membership.magnet.v1 or b""), hop.node)
+
+    async def send(self, node: NodeKey, message: Message, session: SessionId) -> None:
+        if node == self.key:
+            await self._take(self.key, message)
+            return
+        pipe = self.parts.gateway.pipes.get(node)
+        if pipe is None:
+            raise NetworkError("there is no connection to that peer any more")
+        await pipe.send(message, pipe.stream_of(session))
+
+    def listen(self, session: SessionId, inbox: trio.MemorySendChannel[Message]) -> None:
+        self._listeners[session] = inbox
+
+    def stop_listening(self, session: SessionId) -> None:
+        self._listeners.pop(session, None)
+
+    async def wait_lost(self, node: NodeKey) -> None:
+        if node == self.key:
+            await trio.sleep_forever()
+        pipe = self.parts.gateway.pipes.get(node)
+        if pipe is not None:
+            await pipe.closed.wait()
+
+    # -- pipes
+
+    async def serve_pipes(self) -> None:
+        """Greet every new pipe and take its messages, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            async for pipe in self.parts.gateway.incoming:
+                nursery.start_soon(self._serve_pipe, pipe)
+
+    async def _serve_pipe(self, pipe: Pipe) -> None:
+        try:
+            for membership in tuple(self.memberships.values()):
+                await membership.peers.greet(pipe)
+            while True:
+                _stream, message = await pipe.receive()
+                await self._take(pipe.peer, message)
+        except NetworkError:
+            pass  # whoever needs this peer hears of it from wait_lost or from send
+        finally:
+            for membership in tuple(self.memberships.values()):
+                membership.peers.parted(pipe.peer)
+
+    async def _take(self, sender: NodeKey, message: Message) -> None:
+        if isinstance(message, Record | Peers):
+            for membership in self.memberships.values():
+                membership.peers.hear(sender, message)
+            return
+        handle = getattr(message, "session", None)
+        inbox = self._listeners.get(handle) if handle is not None else None
+        if inbox is None or not message.to_client:
+            await self.holder.handle(sender, message)
+            return
+        try:
+            inbox.send_nowait(message)
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            self._listeners.pop(handle, None)  # a client that does not read its tokens loses them, nobody else's
+
+    def _sessions_changed(self) -> None:
+        for membership in self.memberships.values():
+            membership.peers.publish(sessions=self.holder.sessions)
+
+
+@asynccontextmanager
+async def open_node(config: NodeConfig, say: Say = lambda event: None) -> AsyncIterator[Node]:
+    """Start every service of a node; stop them all on the way out.
+
+    Raises StorageError (data folder), NetworkError (port in use).
+    """
+    bootstrap = PUBLIC_BOOTSTRAP if config.dht_bootstrap is None else config.dht_bootstrap
+    with Store(config.data) as store, single_error():
+        identity = store.identity()
+        async with trio.open_nursery() as nursery:
+            gateway = Gateway(identity, host=config.host, port=config.port)
+            await nursery.start(gateway.run)
+            swarm = Swarm(gateway.proxy, identity, bootstrap)
+            await nursery.start(swarm.run)
+            gateway.torrents = swarm
+            parts = Parts(identity.node, config, store, swarm, gateway, say)
+            node = Node(parts, nursery, Device(threads=config.threads))
+            await nursery.start(node.holder.run)
+            nursery.start_soon(node.serve_pipes)
+            try:
+                yield node
+            finally:
+                nursery.cancel_scope.cancel()

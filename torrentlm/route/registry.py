@@ -1,0 +1,116 @@
+"""What this node knows of the peers of one model: their records, what was measured, what failed.
+
+State without I/O and without a clock: whoever owns it says what happened and when (seconds, any monotonic clock).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torrentlm.records import Endpoint, NodeKey, PeerRecord, Span
+
+SMOOTHING = 0.25
+"""Weight of the newest round trip in its moving average."""
+
+FAILURE_MEMORY_S = 30.0
+"""For how long a failure makes a peer the last choice."""
+
+
+@dataclass(slots=True)
+class _Peer:
+    endpoint: Endpoint
+    record: PeerRecord | None = None
+    rtt_s: float | None = None
+    failed_at: float | None = None
+    connected: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One peer as a route sees it. ``rtt_s`` in seconds (None: not measured), ``block_s`` per layer block and token."""
+
+    node: NodeKey
+    endpoint: Endpoint
+    resident: tuple[Span, ...]
+    held: tuple[Span, ...] = ()
+    claimed: tuple[Span, ...] = ()
+    rtt_s: float | None = None
+    block_s: float | None = None
+    sessions: int = 0
+    suspect: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The registry at one moment. ``known`` peers were heard of, ``answered`` ones sent their record."""
+
+    candidates: tuple[Candidate, ...]
+    known: int
+    answered: int
+
+
+class Registry:
+    """The one owner of what is known about the peers of one model."""
+
+    def __init__(self, own: NodeKey) -> None:
+        self._own = own
+        self._peers: dict[NodeKey, _Peer] = {}
+        self._silent: set[Endpoint] = set()
+
+    def heard_of(self, endpoint: Endpoint) -> None:
+        """An endpoint that may turn out to be a peer; it counts as known until it answers."""
+        if all(peer.endpoint != endpoint for peer in self._peers.values()):
+            self._silent.add(endpoint)
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """An endpoint that turned out to be nobody's (our own, or no peer of this model)."""
+        self._silent.discard(endpoint)
+
+    def connected(self, node: NodeKey, endpoint: Endpoint) -> None:
+        peer = self._peers.setdefault(node, _Peer(endpoint))
+        peer.endpoint = endpoint
+        peer.connected = True
+        self._silent.discard(endpoint)
+
+    def disconnected(self, node: NodeKey) -> None:
+        if peer := self._peers.get(node):
+            peer.connected = False
+
+    def record(self, record: PeerRecord) -> bool:
+        """Take a peer's record; True if it says something new. Records of peers never connected to are ignored."""
+        peer = self._peers.get(record.node)
+        if peer is None or record.node == self._own:
+            return False
+        if peer.record is not None and record.sequence < peer.record.sequence:
+            return False
+        changed = peer.record != record
+        peer.record = record
+        return changed
+
+    def round_trip(self, node: NodeKey, seconds: float) -> None:
+        if peer := self._peers.get(node):
+            old = peer.rtt_s
+            peer.rtt_s = seconds if old is None else old + SMOOTHING * (seconds - old)
+
+    def failed(self, node: NodeKey, now: float) -> None:
+        if peer := self._peers.get(node):
+            peer.failed_at = now
+
+    def snapshot(self, now: float) -> Snapshot:
+        """Connected peers with a record, in the order of their keys."""
+        candidates = tuple(
+            Candidate(
+                node=node,
+                endpoint=peer.endpoint,
+                resident=peer.record.resident,
+                held=peer.record.held,
+                claimed=peer.record.claimed,
+                rtt_s=peer.rtt_s,
+                block_s=peer.record.block_ms / 1000 or None,
+                sessions=peer.record.sessions,
+                suspect=peer.failed_at is not None and now - peer.failed_at < FAILURE_MEMORY_S,
+            )
+            for node, peer in sorted(self._peers.items())
+            if peer.record is not None and peer.connected
+        )
+        return Snapshot(candidates, known=len(self._peers) + len(self._silent), answered=len(candidates))
