@@ -1,0 +1,166 @@
+"""``torrentlm chat``: a conversation, line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from torrentlm.cli import text
+from torrentlm.cli.engine import prepare, waiting
+from torrentlm.cli.options import SAMPLING, client_options, model_argument, sampling_options, settings_of
+from torrentlm.errors import TorrentLMError
+
+if TYPE_CHECKING:
+    from torrentlm.api import Chat, Model
+    from torrentlm.client.generation import GenerationResult, RouteHop
+
+PROMPT = "> "
+JUST_ANSWERED_S = 1.0
+"""A Ctrl-C this soon after an answer was meant for the answer."""
+
+HELP = """\
+/system TEXT   set the system prompt (without TEXT: show it) and start anew
+/reset         forget the conversation; the system prompt stays
+/route         which peer runs which blocks
+/stats         figures of the last answer, and of the network
+/quit          leave (also Ctrl-D, or Ctrl-C at an empty prompt)
+Ctrl-C stops an answer."""
+
+
+@click.command(short_help="Chat with a model.")
+@model_argument
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@sampling_options
+@client_options
+def command(model: str, system: str | None, **options: Any) -> None:
+    """Chat with MODEL; /help lists what can be typed besides messages."""
+    settings = settings_of(model, options, client=True)
+    how = {name: options[name] for name in SAMPLING}
+    prepare(settings)
+    from torrentlm.api import connect
+
+    with waiting("Looking for holders …"):
+        connection = connect(model, settings=settings)
+    with connection as swarm:
+        Conversation(swarm, how, system=system).run()
+
+
+class Conversation:
+    """Reads lines from standard input until it ends; on a terminal with a prompt, line editing and figures.
+
+    ``how`` are keyword arguments of ``Chat.send``.
+    """
+
+    def __init__(self, model: Model, how: dict[str, Any], *, system: str | None = None) -> None:
+        self._model = model
+        self._how = how
+        self._chat: Chat = model.chat(system=system)
+        self._on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self._answered_at = float("-inf")
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/system": self._system,
+            "/reset": self._reset,
+            "/route": self._route,
+            "/stats": self._stats,
+            "/help": lambda rest: click.echo(HELP),
+        }
+
+    def run(self) -> None:
+        """Until /quit, the end of input, or Ctrl-C at an empty prompt (raised as KeyboardInterrupt)."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # gives input() line editing and history
+        if self._on_terminal:
+            click.echo("Type a message; /help lists commands, /quit leaves.")
+        with self._chat:
+            while (line := self._read()) is not None:
+                line = line.strip()
+                if line == "/quit":
+                    return
+                self.handle(line)
+
+    def handle(self, line: str) -> None:
+        """One line: a command, or a message to answer."""
+        name, _, rest = line.partition(" ")
+        if name in self._commands:
+            self._commands[name](rest.strip())
+        elif name.startswith("/") and "/" not in name[1:]:
+            click.echo(f"There is no {name}; /help lists the commands.")
+        elif line:
+            self.answer(line)
+
+    def answer(self, message: str) -> None:
+        """Print the answer as it comes. Ctrl-C stops the answer; what came of it stays in the history."""
+        pieces = self._chat.send(message, **self._how)
+        end = ""
+        try:
+            # Closing the generator tells the holders to stop.
+            with contextlib.closing(cast("Generator[str, None, None]", pieces)):
+                for piece in pieces:
+                    click.echo(piece, nl=False)
+        except KeyboardInterrupt:
+            end = " [stopped]"
+        except TorrentLMError as error:
+            if not self._on_terminal:
+                raise
+            end = f" [{error}]"
+        click.echo(end)
+        self._answered_at = time.monotonic()
+        if self._on_terminal and not end and self._model.last:
+            click.secho(figures(self._model.last), dim=True)
+
+    def _read(self) -> str | None:
+        if not self._on_terminal:
+            return sys.stdin.readline() or None
+        while True:
+            try:
+                return input(PROMPT)
+            except EOFError:
+                click.echo()
+                return None
+            except KeyboardInterrupt:
+                click.echo()
+                if not self._typed() and time.monotonic() - self._answered_at > JUST_ANSWERED_S:
+                    raise
+
+    def _typed(self) -> bool:
+        """Whether something stood on the line that Ctrl-C ended: then it clears the line, as in a shell."""
+        readline = sys.modules.get("readline")
+        return bool(readline and readline.get_line_buffer())
+
+    def _system(self, prompt: str) -> None:
+        if prompt:
+            self._chat.system = prompt
+            self._chat.reset()
+        click.echo(f"System prompt: {self._chat.system or '(none)'}")
+
+    def _reset(self, rest: str) -> None:
+        self._chat.reset()
+        click.echo("The conversation starts anew.")
+
+    def _route(self, rest: str) -> None:
+        click.echo(route_lines(self._model.route()))
+
+    def _stats(self, rest: str) -> None:
+        if self._model.last:
+            click.echo(figures(self._model.last))
+        for name, value in self._model.stats().items():
+            click.echo(f"{name.replace('_', ' ')}: {value}")
+
+
+def figures(result: GenerationResult) -> str:
+    """One line about an answer: ``42 tokens · 9.21 tokens/s · first after 0.61 s``."""
+    parts = [text.count(len(result.tokens), "token")]
+    if result.tokens_per_second > 0:
+        parts.append(f"{result.tokens_per_second:.3g} tokens/s")
+    return " · ".join([*parts, f"first after {result.time_to_first_token_s:.2f} s"])
+
+
+def route_lines(hops: tuple[RouteHop, ...]) -> str:
+    """One line a hop: ``127.0.0.1:6881  blocks 0-10``."""
+    width = max((len(hop.peer) for hop in hops), default=0)
+    return "\n".join(f"{hop.peer:<{width}}  {text.blocks(range(hop.first, hop.last + 1))}" for hop in hops)

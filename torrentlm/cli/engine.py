@@ -1,0 +1,28 @@
+"""Before the engine: it is heavy to import, so a subcommand imports it itself, when it needs it, after ``prepare``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from torrentlm.config import Settings
+
+
+def prepare(settings: Settings) -> None:
+    """Set the environment that torch reads at import; ``torrentlm.api`` may be imported after this, and not before."""
+    from torrentlm.compute.threads import prepare_environment
+
+    prepare_environment(settings.node.threads or None)
+
+
+@contextlib.contextmanager
+def waiting(message: str) -> Iterator[None]:
+    """A spinner with ``message`` where stderr is a terminal; nothing anywhere else."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(message):
+        yield

@@ -1,0 +1,114 @@
+"""``torrentlm inspect``: what a model or a torrent is made of, and who holds it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from torrentlm.cli import text
+from torrentlm.cli.engine import prepare, waiting
+from torrentlm.cli.options import client_options, settings_of
+from torrentlm.errors import ArtifactError
+
+SHOWN_TENSORS = 40
+
+
+@click.command(short_help="Show blocks, sizes, hashes, tensors and holders.")
+@click.argument("what", metavar="MODEL|FILE.torrent")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; see docs/cli.md.")
+@client_options
+def command(what: str, as_json: bool, **options: object) -> None:
+    """Show what MODEL is made of and which peers hold it, or, without any network, what FILE.torrent contains."""
+    found = inspect_torrent(Path(what)) if what.endswith(".torrent") else _ask_swarm(what, options)
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        _show(found)
+
+
+def _ask_swarm(model: str, options: dict[str, object]) -> dict[str, Any]:
+    settings = settings_of(model, options, client=True)
+    prepare(settings)
+    from torrentlm.api import connect
+
+    with waiting("Asking the swarm …"), connect(model, settings=settings) as swarm:
+        return swarm.inspect()
+
+
+def inspect_torrent(path: Path) -> dict[str, Any]:
+    """A .torrent as plain values; with ``blocks`` or ``tensors`` if what it describes lies beside it.
+
+    Raises ArtifactError if it cannot be read or is not one that torrentlm publishes.
+    """
+    from torrentlm.manifest.magnet import Magnet
+    from torrentlm.manifest.torrent import MAX_TORRENT, Torrent
+
+    try:
+        if path.stat().st_size > MAX_TORRENT:
+            raise ArtifactError(f"{path} is too large for a torrent.")
+        torrent = Torrent.from_bytes(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ArtifactError(f"Cannot read {path} ({(error.strerror or str(error)).lower()}).") from error
+    found: dict[str, Any] = {
+        "name": torrent.name,
+        "magnet": str(Magnet(torrent.v1, torrent.v2, torrent.name)),
+        "v1": torrent.v1.hex(),
+        "v2": torrent.v2.hex(),
+        "size": torrent.size,
+        "piece_length": torrent.piece_length,
+        "files": [{"path": "/".join(file.path), "size": file.size, "root": file.root.hex()} for file in torrent.files],
+    }
+    tensors = _tensors_beside(path, torrent.name, torrent.size)
+    return found if tensors is None else found | {"tensors": tensors}
+
+
+def _tensors_beside(path: Path, name: str, size: int) -> list[dict[str, Any]] | None:
+    """The tensors of a block file that lies beside its torrent or, as in a data folder, in ``blocks/`` further up."""
+    from torrentlm.manifest.canonical import read_canonical
+
+    candidates = [path.parent / name, *(folder / "blocks" / name for folder in path.absolute().parents[:5])]
+    payload = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if payload is None or not name.endswith(".safetensors") or payload.stat().st_size != size:
+        return None
+    with payload.open("rb") as file:
+        layout = read_canonical(file, size, str(payload))
+    return [
+        {"name": placed.tensor.name, "dtype": placed.tensor.dtype, "shape": list(placed.tensor.shape)}
+        for placed in layout.tensors
+    ]
+
+
+def _show(found: dict[str, Any]) -> None:
+    """Plain values first, a table for each list after them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    width = max(len(name) for name in found)
+    for name, value in found.items():
+        if not isinstance(value, list | dict):
+            console.print(f"{name.replace('_', ' '):<{width}}  {_cell(name, value)}")
+    for name, rows in found.items():
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            table = Table(*columns, title=name, title_justify="left", box=None)
+            for row in rows[:SHOWN_TENSORS]:
+                table.add_row(*(_cell(column, row.get(column)) for column in columns))
+            console.print(table)
+            if len(rows) > SHOWN_TENSORS:
+                console.print(f"and {len(rows) - SHOWN_TENSORS} more; --json shows all")
+
+
+def _cell(name: str, value: Any) -> str:
+    if name == "size" or name.endswith("_bytes"):
+        return text.size(value)
+    if name == "shape":
+        return "x".join(map(str, value)) or "scalar"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell("", item) for item in value)
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_cell(key, item)}" for key, item in value.items())
+    return "" if value is None else str(value)

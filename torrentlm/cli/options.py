@@ -1,0 +1,87 @@
+"""Arguments and options that several subcommands share, and how they become ``Settings``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from torrentlm.config import NODE_KEYS, PRECISIONS, Settings, load, variable_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[Any], Any]
+
+_NETWORK: tuple[Decorator, ...] = (
+    click.option("--data", metavar="FOLDER", help="Folder for blocks, torrents and the node's key."),
+    click.option("--port", type=int, metavar="N", help="TCP and UDP port; 0 takes any free one."),
+    click.option(
+        "--peer", "peers", multiple=True, metavar="HOST:PORT", help="A node to contact at the start. Repeatable."
+    ),
+    click.option(
+        "--dht-bootstrap",
+        multiple=True,
+        metavar="HOST:PORT",
+        help='Where to enter the DHT; "none" for known peers alone. Repeatable.',
+    ),
+)
+_HOLDING: tuple[Decorator, ...] = (
+    click.option("--blocks", metavar="auto|none|A-B", help="Blocks to run. [default: auto]"),
+    click.option("--ram", metavar="SIZE", help="Memory budget, such as 4GB."),
+    click.option("--vram", metavar="SIZE", help="The accelerator's memory budget."),
+    click.option("--disk", metavar="SIZE", help="Disk budget."),
+    click.option("--precision", metavar="|".join(PRECISIONS), help="What to compute in."),
+    click.option("--threads", type=int, metavar="N", help="Compute threads; 0 for one per core."),
+    click.option("--lease", type=float, metavar="SECONDS", help="How long a silent client's memory is kept."),
+    click.option("--host", metavar="ADDRESS", help="Address to listen on."),
+)
+
+
+def _apply(command: F, options: Iterable[Decorator]) -> F:
+    """Decorate so that help shows the options in the order given."""
+    for option in reversed(list(options)):
+        command = option(command)
+    return command
+
+
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+"""The options of ``sampling_options``, under the names that the engine has for them."""
+
+
+def model_argument(command: F) -> F:
+    """The model: a magnet link or the path of a model.toml."""
+    return click.argument("model")(command)
+
+
+def client_options(command: F) -> F:
+    """Options of a subcommand that uses a swarm and holds no blocks."""
+    return _apply(command, _NETWORK)
+
+
+def node_options(command: F) -> F:
+    """Every key of [node] as an option."""
+    return _apply(command, (*_NETWORK, *_HOLDING))
+
+
+def sampling_options(command: F) -> F:
+    """How tokens are picked, and how many; the names are those of ``Model.generate``'s arguments."""
+    options: tuple[Decorator, ...] = (
+        click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N"),
+        click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, metavar="T"),
+        click.option("--top-k", type=click.IntRange(0), default=0, metavar="K", help="0: all tokens."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, metavar="P"),
+        click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, metavar="P"),
+        click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, metavar="R"),
+        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N"),
+    )
+    return _apply(command, options)
+
+
+def settings_of(model: str, options: Mapping[str, object], *, client: bool = False) -> Settings:
+    """Settings for ``model`` with these options. A client takes any free port unless told otherwise: the port in a
+    model.toml is the seeding node's, which may be running beside it."""
+    overrides = {name: options[name] for name in NODE_KEYS if options.get(name) not in (None, ())}
+    if client and not os.environ.get(variable_of("port")):
+        overrides.setdefault("port", 0)
+    return load(model, overrides=overrides)

@@ -1,0 +1,71 @@
+"""What ``torrentlm seed`` heard so far from its events (docs/cli.md): plain state, and each event as a line of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torrentlm.cli import text
+
+
+@dataclass
+class SwarmView:
+    """The state behind the display. ``apply`` takes one event; keys that an event lacks keep their last value."""
+
+    name: str = ""
+    magnet: str = ""
+    port: int = 0
+    blocks: list[int] = field(default_factory=list)
+    blocks_total: int = 0
+    what: str = ""
+    done: int = 0
+    total: int = 0
+    rate: float = 0.0
+    download: float = 0.0
+    upload: float = 0.0
+    peers: dict[str, str] = field(default_factory=dict)
+    sessions: int = 0
+    ready: bool = False
+
+    def apply(self, event: dict[str, Any]) -> None:
+        kind = event.get("event")
+        for key in ("name", "magnet", "port", "blocks_total", "sessions", "download", "upload"):
+            if key in event:
+                setattr(self, key, event[key])
+        if kind == "progress":
+            self.what = str(event.get("what", ""))
+            self.done, self.total = int(event.get("done", 0)), int(event.get("total", 0))
+            self.rate = float(event.get("rate", 0.0))
+        elif kind == "ready":
+            self.ready, self.what = True, ""
+            self.blocks = list(event.get("blocks", []))
+        elif kind == "peer":
+            if event.get("connected", True):
+                self.peers[str(event.get("peer"))] = text.blocks(event.get("blocks", []))
+            else:
+                self.peers.pop(str(event.get("peer")), None)
+
+    def line_for(self, event: dict[str, Any]) -> str | None:
+        """Apply ``event`` and say it in one line; None if it is worth none (progress only at each tenth)."""
+        before = (self.what, _tenth(self.done, self.total))
+        self.apply(event)
+        match event.get("event"):
+            case "published":
+                return f"Published {self.name}: {self.magnet}"
+            case "progress" if before != (self.what, _tenth(self.done, self.total)):
+                of_all = f": {text.size(self.done)} of {text.size(self.total)}" if self.total > 1 else ""
+                return f"{self.what.capitalize()}{of_all}"
+            case "ready":
+                return f"Ready on port {self.port} with {text.blocks(self.blocks)}: {self.magnet}"
+            case "peer":
+                gone = not event.get("connected", True)
+                return f"Peer {event.get('peer')} {'left' if gone else 'has ' + text.blocks(event.get('blocks', []))}"
+            case "session":
+                return f"Session {event.get('state', 'open')}; {text.count(self.sessions, 'session')} now"
+            case "stopped":
+                return "Stopped"
+        return None
+
+
+def _tenth(done: int, total: int) -> int:
+    return done * 10 // total if total else -1
