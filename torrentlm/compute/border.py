@@ -8,11 +8,13 @@ turn a tensor into ``(dtype, shape, bytes)`` and back.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from typing_extensions import Buffer
 
 from torrentlm.errors import RemoteProtocolError, UnsupportedModelError
 
@@ -38,6 +40,7 @@ BATCH, TOKENS = -1, -2
 """Stand for the batch size and the number of tokens of a step among the sizes of a BorderShape."""
 
 MAX_DEPTH = 8
+ALIGNMENT = 64  # bytes; torch's own allocations on the CPU
 
 Place = tuple[int | str, ...]
 """Where a tensor hangs in nested tuples, lists and dicts: the indices and keys from the top down."""
@@ -50,12 +53,21 @@ class Border:
     tensors: tuple[torch.Tensor, ...]
     tree: Any = None
 
+    @classmethod
+    def of(cls, value: Any) -> Border:
+        """The border that a layer call's return value makes."""
+        tensors, tree = flatten(value)
+        return cls(tuple(tensors), tree)
+
+    @property
+    def value(self) -> Any:
+        """The return value again; only for a tree of our own or one that ``BorderShape.check`` has accepted."""
+        return rebuild(self.tensors, self.tree)
+
 
 @dataclass(frozen=True)
 class BorderShape:
-    """The tree, and per tensor the shape and whether it is floating point (whose dtype is then the model's, or
-    float32).
-    """
+    """What a border looks like: tree, shapes, dtypes (where a floating point dtype stands for any such)."""
 
     tree: Any
     shapes: tuple[tuple[int, ...], ...]
@@ -79,27 +91,36 @@ class BorderShape:
                     raise UnsupportedModelError("What the layers return grows by another rule than batch and tokens.")
                 shape.append(a if a == b else axes[a, b])
             shapes.append(tuple(shape))
+        if not any(TOKENS in shape for shape in shapes):
+            raise UnsupportedModelError("What the layers return does not grow with the number of tokens.")
         return cls(small.tree, tuple(shapes), small.dtypes)
 
-    def sizes(self, batch: int, tokens: int) -> list[tuple[int, ...]]:
-        """The tensors' shapes for a step of ``tokens`` new tokens in each of ``batch`` rows."""
+    def at(self, batch: int, tokens: int) -> BorderShape:
+        """The shape with all sizes known: a step of ``tokens`` new tokens in each of ``batch`` rows."""
         known = {BATCH: batch, TOKENS: tokens}
-        return [tuple(known.get(size, size) for size in shape) for shape in self.shapes]
+        shapes = tuple(tuple(known.get(size, size) for size in shape) for shape in self.shapes)
+        return BorderShape(self.tree, shapes, self.dtypes)
 
-    def empty(self, batch: int, dtype: torch.dtype, device: torch.device) -> Border:
-        """The border of a step of no tokens."""
-        kinds = [dtype if kind.is_floating_point else kind for kind in self.dtypes]
-        sizes = self.sizes(batch, 0)
-        tensors = (torch.zeros(size, dtype=kind, device=device) for size, kind in zip(sizes, kinds, strict=True))
+    def tokens_of(self, border: Border) -> int:
+        """How many new tokens per row a peer's border is for; RemoteProtocolError if it cannot be told."""
+        for tensor, shape in zip(border.tensors, self.shapes, strict=False):
+            if TOKENS in shape and tensor.dim() == len(shape):
+                return tensor.shape[shape.index(TOKENS)]
+        raise RemoteProtocolError("The peer's activations have another shape than this model's layers return.")
+
+    def zeros(self, dtype: torch.dtype, device: torch.device) -> Border:
+        """A border of these known sizes, its floating point tensors in ``dtype``."""
+        kinds = (dtype if kind.is_floating_point else kind for kind in self.dtypes)
+        tensors = (torch.zeros(size, dtype=kind, device=device) for size, kind in zip(self.shapes, kinds, strict=True))
         return Border(tuple(tensors), self.tree)
 
-    def check(self, border: Border, batch: int, tokens: int) -> None:
-        """Raise RemoteProtocolError unless a peer's border has this tree, these shapes and fitting dtypes."""
+    def check(self, border: Border) -> None:
+        """Raise RemoteProtocolError unless a peer's border has this tree, these known sizes and fitting dtypes."""
         if border.tree != self.tree:
             raise RemoteProtocolError("The peer's activations have another structure than this model's layers return.")
         if len(border.tensors) != len(self.shapes):
             raise RemoteProtocolError(f"The peer sent {len(border.tensors)} tensors where {len(self.shapes)} are due.")
-        for tensor, kind, size in zip(border.tensors, self.dtypes, self.sizes(batch, tokens), strict=True):
+        for tensor, kind, size in zip(border.tensors, self.dtypes, self.shapes, strict=True):
             fits = tensor.dtype.is_floating_point if kind.is_floating_point else tensor.dtype == kind
             if not fits or tuple(tensor.shape) != size:
                 raise RemoteProtocolError(
@@ -156,18 +177,14 @@ def rebuild(tensors: Sequence[torch.Tensor], tree: Any) -> Any:
 
 
 def pack(tensor: torch.Tensor) -> Packed:
-    """A tensor as it travels. Zero copy for a contiguous one on the CPU: keep it unchanged until the bytes are
-    sent.
-    """
+    """A tensor as it travels, a view of a contiguous one on the CPU: leave it unchanged until the bytes are sent."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     data = memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else b""
     return DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data
 
 
 def unpack(dtype: str, shape: Sequence[int], data: bytes | bytearray | memoryview) -> torch.Tensor:
-    """The tensor that a peer sent, a view of ``data``. Raises RemoteProtocolError when the parts do not fit
-    together.
-    """
+    """The tensor that a peer sent, a view of ``data`` where possible; RemoteProtocolError if the parts do not fit."""
     kind = DTYPES.get(dtype)
     if kind is None:
         raise RemoteProtocolError(f"The peer sent a tensor of unknown dtype {dtype!r:.20}.")
@@ -179,21 +196,24 @@ def unpack(dtype: str, shape: Sequence[int], data: bytes | bytearray | memoryvie
     if count == 0:
         return torch.empty(tuple(shape), dtype=kind)
     if kind is torch.bool:  # any other byte than 0 and 1 would be undefined behaviour in torch
-        return torch.frombuffer(writable(data), dtype=torch.uint8).ne(0).view(tuple(shape))
-    return torch.frombuffer(writable(data), dtype=kind).view(tuple(shape))
+        return view_of(data, torch.uint8, count).ne(0).view(tuple(shape))
+    return aligned(view_of(data, kind, count)).view(tuple(shape))
 
 
-def writable(data: bytes | bytearray | memoryview) -> bytearray | memoryview:
-    """``torch.frombuffer`` wants a writable buffer; read-only bytes off the wire are copied once."""
-    if isinstance(data, bytearray) or (isinstance(data, memoryview) and not data.readonly):
-        return data
-    return bytearray(data)
+def view_of(data: Buffer, dtype: torch.dtype, count: int, offset: int = 0) -> torch.Tensor:
+    """A flat tensor over the bytes in ``data``, which nothing may write to."""
+    with warnings.catch_warnings():  # torch warns where the bytes are read-only
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values where torch itself would have put them. Matrix products round differently at odd addresses."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def to_dtype(border: Border, dtype: torch.dtype, device: torch.device) -> Border:
-    """The border with its floating point tensors in ``dtype``, everything on ``device``; nothing is copied
-    needlessly.
-    """
+    """The border on ``device``, its floating point tensors in ``dtype``; what is so already is not copied."""
     moved = (
         tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
         for tensor in border.tensors

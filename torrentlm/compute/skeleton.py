@@ -1,7 +1,6 @@
 """A model's module tree without its weights: every parameter is a ghost, a view of zero pages that costs no memory.
 
-Buffers that the model computes for itself (rotary tables and the like) are real, as ``from_pretrained`` would
-make them.
+Buffers that the model computes for itself (rotary tables and the like) are real, as ``from_pretrained`` makes them.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ _building = threading.Lock()
 def read_config(folder: Path) -> PretrainedConfig:
     """The model's config from ``folder/config.json``; never runs code that travels with a model.
 
-    Raises ArtifactError when the file is missing or broken, UnsupportedModelError when transformers does not
-    know the model.
+    Raises ArtifactError when the file is missing or broken, UnsupportedModelError when transformers cannot use it.
     """
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder} has no config.json; point to the folder of a Hugging Face model.")
@@ -66,9 +64,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, device: torch.d
 
 
 class Ghosts:
-    """Makes parameters that read as zeros. All share one stretch of untouched anonymous pages, however large
-    the model.
-    """
+    """Makes parameters that read as zeros: views of the same untouched anonymous pages, however large the model."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -141,9 +141,7 @@ def _name_weights(model: nn.Module) -> tuple[dict[int, str], tuple[tuple[str, st
 
 
 def _refuse_foreign_reads(model: PreTrainedModel, probe: _Probe, names: dict[int, str], path: str) -> None:
-    """Raise UnsupportedModelError where a part needs another layer's weights, or the token ids that only the
-    stem is given.
-    """
+    """Refuse where a part needs another layer's weights, or the token ids, whose values only the stem is given."""
     embedding = model.get_input_embeddings()
     ids = names.get(id(getattr(embedding, "weight", None)))
     parts = [("The stem", probe.stem, None), *((f"Layer {i}", reads, i) for i, reads in enumerate(probe.reads))]
