@@ -1,25 +1,54 @@
 """What ``import torrentlm`` gives: plain, blocking calls for scripts; the node runs in a thread of its own beneath.
 
-    >>> import torrentlm
-    >>> with torrentlm.connect("magnet:?…") as model:
-    ...     for text in model.generate("Why is the sky blue?", max_new_tokens=64, stream=True):
-    ...         print(text, end="", flush=True)
+>>> import torrentlm
+>>> with torrentlm.connect("magnet:?…") as model:
+...     for text in model.generate("Why is the sky blue?", max_new_tokens=64, stream=True):
+...         print(text, end="", flush=True)
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import trio
 
 from torrentlm.client.generation import GenerationResult, Options, RouteHop
-from torrentlm.client.model import ChatSession, ModelClient, open_client
+from torrentlm.client.model import ChatSession, StepSession
+from torrentlm.compute.border import unpack
 from torrentlm.config import Settings, load
+from torrentlm.node.client import SwarmClient, open_client
+from torrentlm.node.seed import seed
 from torrentlm.portal import Portal
 from torrentlm.records import Sampling, Stop
+from torrentlm.structured import single_error
+from torrentlm.wire.messages import Want
+
+if TYPE_CHECKING:
+    import torch
 
 Hear = Callable[[str], None]
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def serve(settings: Settings, *, on_event: OnEvent, stop: threading.Event) -> None:
+    """Publish or join what ``settings`` name, hold and serve blocks until ``stop`` is set. For ``on_event`` see
+    docs/cli.md.
+
+    Raises what keeps it from serving: ConfigError, ArtifactError, StorageError, NetworkError, UnsupportedModelError.
+    """
+
+    async def until_stopped() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(seed, settings, on_event)
+            await trio.to_thread.run_sync(stop.wait, abandon_on_cancel=True)
+            nursery.cancel_scope.cancel()
+
+    with single_error():
+        trio.run(until_stopped)
 
 
 def connect(
@@ -30,7 +59,7 @@ def connect(
     peers: Sequence[str] | None = None,
     dht_bootstrap: Sequence[str] | str | None = None,
     settings: Settings | None = None,
-    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    on_event: OnEvent = lambda event: None,
 ) -> Model:
     """Join the swarm of a model, as a client that holds nothing.
 
@@ -45,7 +74,7 @@ def connect(
 class Model:
     """A model in the swarm, ready to generate. Use it in a ``with``, or call :meth:`close`."""
 
-    def __init__(self, portal: Portal[ModelClient]) -> None:
+    def __init__(self, portal: Portal[SwarmClient]) -> None:
         self._portal = portal
         self._client = portal.value
         self.last: GenerationResult | None = None
@@ -84,8 +113,8 @@ class Model:
     ) -> str | Iterator[str]:
         """Continue ``prompt``, or with ``chat`` answer it through the model's chat template.
 
-        ``stream`` gives an iterator over pieces of text; leaving it early stops the holders. :attr:`last` has the figures.
-        Temperature 0 is greedy; with a seed the same call gives the same tokens whatever the route.
+        ``stream`` gives an iterator over pieces of text; leaving it early stops the holders. :attr:`last` has the
+        figures. Temperature 0 is greedy; with a seed the same call gives the same tokens whatever the route.
         Raises RefusedError (too long, …), NoHolderError, HolderLostError.
         """
         options = Options(
@@ -95,22 +124,22 @@ class Model:
         )
 
         async def work(emit: Hear) -> None:
-            self.last = await self._client.generate(prompt, options, chat=chat, emit=emit)
+            self.last = await self._client.model.generate(prompt, options, chat=chat, emit=emit)
 
         pieces = self._portal.stream(work)
         return pieces if stream else "".join(pieces)
 
     def chat(self, *, system: str | None = None) -> Chat:
         """A conversation with history. Use it in a ``with``, or call its ``close``."""
-        return Chat(self, self._portal, self._client.chat(system))
+        return Chat(self, self._portal, self._client.model.chat(system))
 
     def session(self, *, batch: int = 1, max_length: int = 512, pads: Sequence[int] | None = None) -> Session:
         """Stepping mode: full control, see :class:`Session`."""
-        return Session(self._portal, self._client.steps(batch, max_length, tuple(pads or (0,) * batch)))
+        return Session(self._portal, self._client.model.steps(batch, max_length, tuple(pads or (0,) * batch)))
 
     def route(self) -> tuple[RouteHop, ...]:
         """The route that a generation would take now. Raises NoHolderError."""
-        return self._portal.run(self._client.route)
+        return self._portal.run(self._client.model.route)
 
     def stats(self) -> dict[str, Any]:
         """Peers, round trips and bytes, as plain values."""
@@ -124,7 +153,7 @@ class Model:
 class Chat:
     """A conversation; the holders keep its KV-cache between turns."""
 
-    def __init__(self, model: Model, portal: Portal[ModelClient], session: ChatSession) -> None:
+    def __init__(self, model: Model, portal: Portal[SwarmClient], session: ChatSession) -> None:
         self._model = model
         self._portal = portal
         self._session = session
@@ -162,7 +191,9 @@ class Chat:
         repetition_penalty: float = 1.0,
         seed: int = 0,
     ) -> Iterator[str]:
-        """Answer ``text`` in pieces. Leaving the iterator early stops the answer; what came of it stays in the history."""
+        """Answer ``text`` in pieces. Leaving the iterator early stops the answer; what came of it stays in the
+        history.
+        """
         options = Options(max_new_tokens, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed))
 
         async def work(emit: Hear) -> None:
@@ -177,3 +208,50 @@ class Chat:
     def close(self) -> None:
         """Free what the holders keep for it."""
         self._portal.run(self._session.close)
+
+
+class Session:
+    """Stepping mode: tokens in, logits out, with roll-back and row reorder. Use it in a ``with``.
+
+    ``batch`` rows advance together; row r begins with ``pads[r]`` tokens of left padding.
+    """
+
+    def __init__(self, portal: Portal[SwarmClient], steps: StepSession) -> None:
+        self._portal = portal
+        self._steps = steps
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def length(self) -> int:
+        """Tokens per row that the holders have cached."""
+        return self._steps.length
+
+    def step(
+        self,
+        ids: Sequence[Sequence[int]],
+        *,
+        position: int | None = None,
+        last_only: bool = False,
+        reorder: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Feed ``ids``, B rows of n >= 0 tokens, and return logits: [B, n, vocabulary], or [B, 1, …] with
+        ``last_only``.
+
+        A ``position`` below :attr:`length` first rolls the session back to it; ``reorder`` first lets row i go on
+        from row ``reorder[i]``. Raises RefusedError (code "max_length" when the session is full), NoHolderError,
+        HolderLostError.
+        """
+        want = Want.LOGITS_LAST if last_only else Want.LOGITS_ALL
+        tensor = self._portal.run(lambda: self._steps.step(ids, position, want, reorder))
+        return unpack(tensor.dtype, tensor.shape, tensor.data)
+
+    def close(self) -> None:
+        """Free what the holders keep for it."""
+        self._portal.run(self._steps.close)

@@ -1,12 +1,13 @@
 """A trio program in a thread of its own, for plain blocking code: the one seam between the two worlds.
 
-``Portal`` runs an async context manager (the node) from start to close, and jobs inside it. A job that the blocking side abandons
-(an exception such as KeyboardInterrupt while it waits, an early exit from a stream) is cancelled.
+``Portal`` runs an async context manager (the node) from start to close, and jobs inside it. A job that the blocking
+side abandons (an exception such as KeyboardInterrupt while it waits, an early exit from a stream) is cancelled.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -60,10 +61,9 @@ class Portal(Generic[T]):
     async def _run(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         with self._scope:
-            async with self._manager() as value:
-                async with trio.open_nursery() as self._nursery:
-                    self._opened.set_result(value)
-                    await trio.sleep_forever()
+            async with self._manager() as value, trio.open_nursery() as self._nursery:
+                self._opened.set_result(value)
+                await trio.sleep_forever()
 
     async def _do(self, job: _Job) -> None:
         try:
@@ -134,8 +134,6 @@ class Portal(Generic[T]):
     def close(self) -> None:
         """Close the manager and wait for its thread; twice is once."""
         if self._token is not None:
-            try:
+            with contextlib.suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._scope.cancel)
-            except trio.RunFinishedError:
-                pass
         self._thread.join(timeout=30)

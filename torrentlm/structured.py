@@ -20,8 +20,9 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
 def single_error() -> Iterator[None]:
     """Let one error out of a nursery as itself instead of in a group.
 
-    For a nursery whose tasks fail for one reason at a time. If several failed at once, the first of our own errors stands for all;
-    groups without one of ours, and several foreign errors at once, stay groups: they are bugs, and nothing of them may be lost.
+    For a nursery whose tasks fail for one reason at a time. If several failed at once, the first of our own errors
+    stands for all; groups without one of ours, and several foreign errors at once, stay groups: they are bugs, and
+    nothing of them may be lost.
     """
     try:
         yield

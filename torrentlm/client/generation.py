@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import trio
@@ -43,8 +43,8 @@ class Options:
     """What a caller may ask of a generation."""
 
     max_new_tokens: int = 128
-    sampling: Sampling = Sampling()
-    stop: Stop = Stop()
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Stop = field(default_factory=Stop)
 
 
 def route_of(session: RemoteSession) -> tuple[RouteHop, ...]:
@@ -64,8 +64,9 @@ async def generate(
 ) -> GenerationResult:
     """Feed ``ids`` at ``position`` and generate; ``emit`` hears each piece of text as soon as it is sure.
 
-    ``history`` are all ids before the first new one (default ``ids``), for the repetition penalty. ``started`` is when the user
-    asked, on trio's clock. If this is cancelled the holders are told. Raises RefusedError, HolderLostError.
+    ``history`` are all ids before the first new one (default ``ids``), for the repetition penalty. ``started`` is
+    when the user asked, on trio's clock. If this is cancelled the holders are told. Raises RefusedError,
+    HolderLostError.
     """
     started = trio.current_time() if started is None else started
     stream = TextStream(tokenizer, options.stop.strings)

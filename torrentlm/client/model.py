@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -64,7 +63,9 @@ class ModelClient:
         )
 
     @asynccontextmanager
-    async def session(self, *, batch: int = 1, max_length: int, pads: tuple[int, ...] | None = None) -> AsyncIterator[RemoteSession]:
+    async def session(
+        self, *, batch: int = 1, max_length: int, pads: tuple[int, ...] | None = None
+    ) -> AsyncIterator[RemoteSession]:
         """:meth:`open`, closed on the way out."""
         session = await self.open(batch=batch, max_length=max_length, pads=pads)
         try:
@@ -103,7 +104,9 @@ class ModelClient:
         return replace(options, stop=stop)
 
     def chat(self, system: str | None) -> ChatSession:
-        return ChatSession(self, ChatContext(self._tokenizer, system), min(CHAT_LENGTH, self._max_length or CHAT_LENGTH))
+        return ChatSession(
+            self, ChatContext(self._tokenizer, system), min(CHAT_LENGTH, self._max_length or CHAT_LENGTH)
+        )
 
     def steps(self, batch: int, max_length: int, pads: tuple[int, ...]) -> StepSession:
         return StepSession(self, batch, max_length, pads)

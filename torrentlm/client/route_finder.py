@@ -29,8 +29,8 @@ async def find_route(
 ) -> tuple[Hop, ...]:
     """The best route as soon as there is one.
 
-    Raises NoHolderError, naming the first block that nobody serves, after ``timeout`` seconds; ``waiting`` hears that sentence
-    whenever it changes before.
+    Raises NoHolderError, naming the first block that nobody serves, after ``timeout`` seconds; ``waiting`` hears that
+    sentence whenever it changes before.
     """
     manifest = directory.manifest
     told = ""

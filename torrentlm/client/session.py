@@ -1,7 +1,8 @@
 """One session on a route, as its client: handles on every holder, leases, epochs, tokens coming back.
 
-The client is not in the token loop: it opens the session, sends the prompt to the stem's holder and what to sample to the head's
-holder, and then only listens. A second way, stepping, gives full control: tokens in, logits out, roll back, reorder rows.
+The client is not in the token loop: it opens the session, sends the prompt to the stem's holder and what to sample to
+the head's holder, and then only listens. A second way, stepping, gives full control: tokens in, logits out, roll
+back, reorder rows.
 """
 
 from __future__ import annotations
@@ -189,8 +190,9 @@ class RemoteSession:
     ) -> AsyncIterator[Token]:
         """Feed ``rows`` (B × n token ids) at ``position`` (default: the end) and yield tokens until the head stops.
 
-        ``history`` are all ids before the first new token, per row; they go to the head's holder only, and only if the sampling
-        needs them. Leaving the iterator early cancels on every holder. Raises RefusedError, HolderLostError.
+        ``history`` are all ids before the first new token, per row; they go to the head's holder only, and only if
+        the sampling needs them. Leaving the iterator early cancels on every holder. Raises RefusedError,
+        HolderLostError.
         """
         start = self.length if position is None else position
         self._new_epoch(start)
@@ -199,7 +201,8 @@ class RemoteSession:
         end = start + count
         if end + 1 > self.max_length:
             raise RefusedError(
-                f"the text has {end} tokens and leaves no room in a session of {self.max_length}: shorten it", "max_length"
+                f"the text has {end} tokens and leaves no room in a session of {self.max_length}: shorten it",
+                "max_length",
             )
         past = None
         if sampling.repetition_penalty != 1.0 and history is not None:
@@ -208,9 +211,7 @@ class RemoteSession:
         self._running = True
         try:
             last = len(self.hops) - 1
-            await self._send(
-                last, Generate(self._handles[last], epoch, end - 1, max_new_tokens, sampling, stop, past)
-            )
+            await self._send(last, Generate(self._handles[last], epoch, end - 1, max_new_tokens, sampling, stop, past))
             for offset in range(0, count, PREFILL_CHUNK):
                 chunk = [row[offset : offset + PREFILL_CHUNK] for row in rows]
                 await self._send(0, self._step(epoch, start + offset, end - 1, Want.SAMPLE, Tensor.ids(chunk)))
@@ -246,7 +247,13 @@ class RemoteSession:
                 continue  # a holder that is gone has nothing left to stop
 
     def _step(
-        self, epoch: int, position: int, emit_from: int, want: Want, tensor: Tensor, reorder: tuple[int, ...] | None = None
+        self,
+        epoch: int,
+        position: int,
+        emit_from: int,
+        want: Want,
+        tensor: Tensor,
+        reorder: tuple[int, ...] | None = None,
     ) -> Step:
         return Step(
             session=self._handles[0],
@@ -268,7 +275,8 @@ class RemoteSession:
     ) -> Tensor:
         """Stepping mode: feed B × n ids (n may be 0) and return the logits, [B, n, vocabulary] or [B, 1, vocabulary].
 
-        A ``position`` below :attr:`length` rolls the session back to it first; ``reorder`` picks cache rows before the step.
+        A ``position`` below :attr:`length` rolls the session back to it first; ``reorder`` picks cache rows before
+        the step.
         """
         start = self.length if position is None else position
         if start != self.length or self._epoch == 0:

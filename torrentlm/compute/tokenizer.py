@@ -15,7 +15,9 @@ MAX_SETTINGS = 1 << 20
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``, never code that comes with it. Raises ArtifactError if there is none that can be read."""
+    """The tokenizer in ``folder``, never code that comes with it. Raises ArtifactError if there is none that can be
+    read.
+    """
     from transformers import AutoTokenizer
 
     try:

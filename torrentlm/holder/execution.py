@@ -19,7 +19,9 @@ from torrentlm.wire.messages import Generate, Open, Step, Tensor, Want
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a step gave: a border for the next hop, or an emission (and the ids to feed back), or tensors for the client."""
+    """What a step gave: a border for the next hop, or an emission (and the ids to feed back), or tensors for the
+    client.
+    """
 
     border: tuple[tuple[Tensor, ...], Any] | None = None
     emission: Emission | None = None

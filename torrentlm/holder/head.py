@@ -1,7 +1,7 @@
 """What the head's holder does with logits: pick tokens, check the stops and the budget, say what to send on.
 
-Pure: logits in, :class:`Emission` out. The picked token is a function of (logits, history, sampling, seed, position, row) alone,
-so it does not depend on the route, the batch's other rows or anything that happened before.
+Pure: logits in, :class:`Emission` out. The picked token is a function of (logits, history, sampling, seed, position,
+row) alone, so it does not depend on the route, the batch's other rows or anything that happened before.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class HeadRun:
         self._finished: list[str | None] = [None] * batch
 
     def emit(self, logits: torch.Tensor, length: int) -> Emission:
-        """Sample after ``length`` tokens per row; ``logits`` [rows, vocabulary] of the last position, any float dtype."""
+        """Sample after ``length`` tokens per row; ``logits`` [rows, vocabulary] of the last position, any float
+        dtype.
+        """
         index = length - 1 - self.order.emit_from
         picked = self._sampler.pick(logits, length)
         tokens: list[int] = []

@@ -1,4 +1,4 @@
-"""A model as far as this node holds it: weights of one span, runners for it and for any part of it."""
+"""A model as far as this node holds it: the files of one span, and runners for the span and for any part of it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,103 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torrentlm.compute.device import Device
-from torrentlm.compute.model import load_config, load_tokenizer
+import torch
+
+from torrentlm.compute.border import DTYPES
+from torrentlm.compute.skeleton import read_config
 from torrentlm.compute.span import SpanRunner
 from torrentlm.compute.split import Split, analyse
-from torrentlm.compute.weights import Weights
+from torrentlm.compute.tokenizer import load_tokenizer, stop_tokens
 from torrentlm.errors import RefusedError
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.records import Span
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MAX_RUNNERS = 8
-"""Routes may use different parts of the span; each part has a runner of its own, on the same weights."""
+"""Routes may use different parts of the span; each part has a runner of its own, on the same mapped files."""
 
 
 class HeldModel:
-    """Made by :meth:`load`. ``precision`` is the dtype that the weights are in here, by its safetensors name."""
+    """``paths`` are the complete block files by name; ``precision`` is "auto" (the published one) or a safetensors
+    dtype.
+
+    The constructor loads the whole span. Blocks; run it in a thread. Raises ArtifactError, UnsupportedModelError.
+    """
 
     def __init__(
-        self, id: bytes, manifest: Manifest, config: Any, split: Split, weights: Weights, span: Span, folder: Path
+        self,
+        id: bytes,
+        manifest: Manifest,
+        folder: Path,
+        paths: Mapping[str, Path],
+        span: Span,
+        precision: str,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.id = id
+        self.manifest = manifest
         self.span = span
-        self._manifest = manifest
-        self._config = config
-        self._split = split
-        self._weights = weights
+        self.precision = manifest.dtype if precision == "auto" else precision
+        self.device = torch.device(device)
         self._folder = folder
+        self._paths = dict(paths)
+        self._config: Any = read_config(folder)
+        self._split: Split = analyse(self._config)
         self._runners: OrderedDict[Span, SpanRunner] = OrderedDict()
+        self.runner(span)
+
+    @property
+    def last_block(self) -> int:
+        return len(self.manifest.blocks) - 1
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest text in tokens that the model is made for, if its config says."""
+        limit = getattr(self._config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) else None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self._folder)
+
+    @cached_property
+    def filler(self) -> int:
+        """What a row that has ended is fed while the others go on; nobody reads what comes of it."""
+        return next(iter(stop_tokens(self._folder, self.tokenizer)), 0)
+
+    def runner(self, span: Span) -> SpanRunner:
+        """What runs ``span``. Raises RefusedError if it is not all here."""
+        if span.first not in self.span or span.last not in self.span:
+            raise RefusedError(f"this holder has blocks {self.span}, not {span}", "no_block")
+        runner = self._runners.get(span)
+        if runner is None:
+            runner = self._runners[span] = self._build(span)
+            while len(self._runners) > MAX_RUNNERS:
+                self._runners.popitem(last=False)
+        self._runners.move_to_end(span)
+        return runner
+
+    def _build(self, span: Span) -> SpanRunner:
+        entries = self.manifest.blocks[span.first : span.last + 1]
+        layers = [entry.layers for entry in entries if entry.layers is not None]
+        files = [
+            (self._paths[self.manifest.files[used.file].name], used.names) for entry in entries for used in entry.files
+        ]
+        # A span of the stem alone ends before layer 0, one of the head alone begins behind the last.
+        first = layers[0].first if layers else (0 if entries[0].kind == "stem" else self._split.layers)
+        last = layers[-1].last if layers else first - 1
+        return SpanRunner(
+            self._config,
+            self._split,
+            first,
+            last,
+            has_stem=entries[0].kind == "stem",
+            has_head=entries[-1].kind == "head",
+            weights=files,
+            dtype=DTYPES[self.precision],
+            device=self.device,
+        )

@@ -1,7 +1,7 @@
 """The holder: runs the steps of many sessions on the blocks that this node keeps resident.
 
-Messages come in through :meth:`Holder.handle` (which never waits for compute), results leave through an :class:`Outbox`. Each
-session has one task, fed by a bounded queue; the device runs one forward at a time.
+Messages come in through :meth:`Holder.handle` (which never waits for compute), results leave through an
+:class:`Outbox`. Each session has one task, fed by a bounded queue; the device runs one forward at a time.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Holder:
         if self.kv_bytes + execution.kv_bytes > self._kv_budget:
             free = max(0, self._kv_budget - self.kv_bytes)
             raise RefusedError(
-                f"a KV-cache of {execution.kv_bytes >> 20} MiB does not fit: this holder has {free >> 20} MiB left for sessions",
+                f"a KV-cache of {execution.kv_bytes >> 20} MiB does not fit: this holder has {free >> 20} MiB left",
                 "memory",
             )
         lease = min(message.lease_ms / 1000, MAX_LEASE_S)
@@ -211,7 +211,9 @@ class Holder:
         if live is None:
             # Stale steps of a session just closed are normal; only the client can act on the news.
             await self._tell(
-                sender, Fail(step.session, step.epoch, "unknown_session", "this session is not open here", None), step.session
+                sender,
+                Fail(step.session, step.epoch, "unknown_session", "this session is not open here", None),
+                step.session,
             )
             return
         rows, tokens = step.extent
@@ -221,7 +223,9 @@ class Holder:
         except RefusedError as error:
             await self._fail(live, step.epoch, error.code, str(error), end=False)
         except trio.WouldBlock:
-            await self._fail(live, step.epoch, "busy", f"more than {MAX_QUEUED_STEPS} steps of this session are waiting")
+            await self._fail(
+                live, step.epoch, "busy", f"more than {MAX_QUEUED_STEPS} steps of this session are waiting"
+            )
 
     async def _halt(self, sender: NodeKey, message: Halt) -> None:
         live = self._live.get(message.session)
@@ -251,7 +255,9 @@ class Holder:
             code = error.code if isinstance(error, RefusedError) else "bad_request"
             await self._fail(live, epoch, code, str(error))
         except MemoryError:
-            await self._fail(live, epoch, "memory", "this holder ran out of memory: close a session or choose another holder")
+            await self._fail(
+                live, epoch, "memory", "this holder ran out of memory: close a session or choose another holder"
+            )
         except Exception:
             # The one place where a bug in a model's forward must not take the other sessions with it.
             log.exception("session %s failed", session.id.hex()[:8])

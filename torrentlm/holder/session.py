@@ -7,9 +7,9 @@
                        │                                     │
                        └── Close, lease run out, failure ────┴────▶ gone (the KV-cache is freed)
 
-An *epoch* is one unbroken run of steps. Whatever breaks the run (a stop, a cancel, a roll-back, the next turn, another route)
-starts a higher one, and a step of a higher epoch first trims the cache to the position that it names. So a late step of an
-older epoch is harmless, and a step that arrives twice runs once.
+An *epoch* is one unbroken run of steps. Whatever breaks the run (a stop, a cancel, a roll-back, the next turn,
+another route) starts a higher one, and a step of a higher epoch first trims the cache to the position that it names.
+So a late step of an older epoch is harmless, and a step that arrives twice runs once.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from torrentlm.wire.messages import NextHop
 class Session:
     """One session's state on one holder. Times in seconds of the owner's clock.
 
-    ``position`` counts the tokens per row of all admitted steps. The KV-cache may be shorter (a step that went stale in the queue
-    never ran), but never shorter than what the client has seen the effect of, and a new epoch starts no later than there.
+    ``position`` counts the tokens per row of all admitted steps. The KV-cache may be shorter (a step that went stale
+    in the queue never ran), but never shorter than what the client has seen the effect of, and a new epoch starts no
+    later than there.
     """
 
     id: SessionId
@@ -64,7 +65,8 @@ class Session:
     def admit(self, sender: NodeKey, epoch: int, position: int, tokens: int, rows: int) -> bool:
         """Whether a step of ``tokens`` new tokens for each of ``rows`` rows is to run; if so it is accounted for.
 
-        Raises RefusedError if the step can never run: not from the predecessor, past ``max_length``, or with a gap before it.
+        Raises RefusedError if the step can never run: not from the predecessor, past ``max_length``, or with a gap
+        before it.
         """
         if not self.may_send_steps(sender):
             raise RefusedError("this peer may not send steps to this session", "bad_request")

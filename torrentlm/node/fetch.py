@@ -55,8 +55,8 @@ class BlockFiles:
     async def fetch(self, files: Sequence[FileEntry]) -> None:
         """Return when all ``files`` are complete and verified on disk; they are seeded from then on.
 
-        Raises StorageError if the disk cannot take them, ArtifactError if what a torrent says is not what the manifest says.
-        Waits as long as it takes for somebody to have them.
+        Raises StorageError if the disk cannot take them, ArtifactError if what a torrent says is not what the
+        manifest says. Waits as long as it takes for somebody to have them.
         """
         self._parts.store.require_space({file.name: file.size for file in files})
         missing = [file for file in files if not self._parts.store.holds(file.name)]
@@ -134,7 +134,13 @@ class BlockFiles:
         while True:
             loading = self.loading(files)
             self._parts.say(
-                {"event": "progress", "what": "fetching", "done": loading.done, "total": loading.total, "rate": loading.rate}
+                {
+                    "event": "progress",
+                    "what": "fetching",
+                    "done": loading.done,
+                    "total": loading.total,
+                    "rate": loading.rate,
+                }
             )
             await trio.sleep(PROGRESS_EVERY_S)
 

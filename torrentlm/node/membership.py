@@ -40,7 +40,9 @@ class Membership:
 
     def __init__(self, parts: Parts, magnet: Magnet) -> None:
         if magnet.v1 is None or magnet.v2 is None:
-            raise ArtifactError("this magnet has only one of its two hashes: copy the whole link that torrentlm printed")
+            raise ArtifactError(
+                "this magnet has only one of its two hashes: copy the whole link that torrentlm printed"
+            )
         self.magnet = magnet
         self.id: bytes = magnet.v2
         self._hashes = (InfoHash(magnet.v1), InfoHash(magnet.v2[:20]))
@@ -80,8 +82,8 @@ class Membership:
         if limit.cancelled_caught:
             snapshot = self.snapshot()
             raise NetworkError(
-                f"no peer sent this model's manifest within {timeout:.0f} s; {snapshot.answered} of {snapshot.known} known "
-                "peers answered: check the magnet, or name a peer that has the model with --peer HOST:PORT"
+                f"no peer sent this model's manifest within {timeout:.0f} s; {snapshot.answered} of {snapshot.known} "
+                "known peers answered: check the magnet, or name a peer that has the model with --peer HOST:PORT"
             )
         if known is None:
             store.save_torrent(self.id, torrent)
@@ -122,7 +124,7 @@ class Membership:
 
     async def _settle(self) -> None:
         with trio.move_on_after(SETTLE_S):
-            while (snapshot := self.snapshot()).answered == 0 or snapshot.answered < snapshot.known:
+            while (snapshot := self.snapshot()).answered == 0 or snapshot.answered < snapshot.known:  # noqa: ASYNC110
                 await trio.sleep(FEED_EVERY_S)
 
     async def hold(self, span: Span, device: Device) -> HeldModel:

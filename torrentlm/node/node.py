@@ -80,7 +80,9 @@ class Node:
         membership = next(iter(self.memberships.values()), None)
         if membership is None:
             raise NetworkError("this node takes part in no model yet")
-        return await self.parts.gateway.pipe_to(Endpoint(hop.host, hop.port), InfoHash(membership.magnet.v1 or b""), hop.node)
+        return await self.parts.gateway.pipe_to(
+            Endpoint(hop.host, hop.port), InfoHash(membership.magnet.v1 or b""), hop.node
+        )
 
     async def send(self, node: NodeKey, message: Message, session: SessionId) -> None:
         if node == self.key:

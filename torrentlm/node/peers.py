@@ -1,8 +1,8 @@
 """Who else takes part in a model: endpoints from every source, dialed; pipes, greeted; records, kept and sent.
 
-Endpoints come from the magnet's ``x.pe``, the operator, the last session, the DHT (BEP 5, under both of the model's hashes) and
-gossip. Each is met once by a pipe; what it answers is its record. Peers that we know by key alone are looked up in the DHT
-(BEP 44).
+Endpoints come from the magnet's ``x.pe``, the operator, the last session, the DHT (BEP 5, under both of the model's
+hashes) and gossip. Each is met once by a pipe; what it answers is its record. Peers that we know by key alone are
+looked up in the DHT (BEP 44).
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def copies(snapshot: Snapshot, blocks: int) -> list[int]:
 def choose_span(sizes: Sequence[int], copies: Sequence[int], budget: int) -> Span | None:
     """The span within ``budget`` bytes that the swarm lacks most; None if not even one block fits.
 
-    A block with c copies is worth 1 / (1 + c)²: the first copy of anything outweighs second copies of three other blocks. Ties go
-    to the longer span, then to the one further to the front.
+    A block with c copies is worth 1 / (1 + c)²: the first copy of anything outweighs second copies of three other
+    blocks. Ties go to the longer span, then to the one further to the front.
     """
     best: tuple[float, int, int] | None = None
     choice: Span | None = None

@@ -42,9 +42,9 @@ def _costs(candidate: Candidate) -> tuple[float, float]:
 def plan_route(snapshot: Snapshot, blocks: int) -> tuple[Hop, ...] | Missing:
     """The route with the lowest expected seconds per token, or the first block that keeps it from existing.
 
-    A shortest path over (block, holder) states: staying with a holder costs its time per block, changing to one costs half its
-    round trip more. Changing is always from the cheapest state of the block before, so the work is blocks × candidates.
-    Ties go to the smaller node key, so that equal snapshots give equal routes.
+    A shortest path over (block, holder) states: staying with a holder costs its time per block, changing to one costs
+    half its round trip more. Changing is always from the cheapest state of the block before, so the work is blocks ×
+    candidates. Ties go to the smaller node key, so that equal snapshots give equal routes.
     """
     candidates = snapshot.candidates
     entry = [_costs(candidate) for candidate in candidates]

@@ -1,0 +1,102 @@
+"""``torrentlm seed``: a node that publishes or joins, holds and serves, and says how that goes.
+
+The events are those of docs/cli.md; each is a plain dict with a key ``event``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import trio
+
+from torrentlm.config import Recipe, Settings
+from torrentlm.manifest.magnet import Magnet
+from torrentlm.node.membership import Membership
+from torrentlm.node.node import Node, open_node
+from torrentlm.node.parts import Say
+from torrentlm.publish.publish import publish
+from torrentlm.records import Endpoint
+
+WATCH_EVERY_S = 1.0
+
+
+async def seed(settings: Settings, say: Say) -> None:
+    """Run until cancelled. Raises what keeps it from serving: any TorrentLMError."""
+    async with open_node(settings.node, say) as node:
+        try:
+            if settings.recipe is not None:
+                magnet = await _publish(node, settings.recipe, say)
+            else:
+                magnet = Magnet.parse(settings.magnet or "")
+            say({"event": "starting", "name": magnet.name, "magnet": str(magnet), "port": node.endpoint.port})
+            membership = await node.join(magnet, timeout=float("inf"))
+            say({"event": "joined", "name": membership.manifest.name, "blocks_total": len(membership.manifest.blocks)})
+            await node.hold(membership)
+            say(_ready(node, membership))
+            await _watch(node, membership, say)
+        finally:
+            say({"event": "stopped"})
+
+
+async def _publish(node: Node, recipe: Recipe, say: Say) -> Magnet:
+    def progress(done: int, total: int, what: str) -> None:
+        event = {"event": "progress", "what": f"publishing {what}", "done": done, "total": total}
+        trio.from_thread.run_sync(say, event)  # also where a cancelled publishing ends
+
+    published = await trio.to_thread.run_sync(publish, recipe, node.parts.store, progress)
+    say({"event": "published", "name": published.manifest.name, "magnet": str(published.magnet)})
+    return published.magnet
+
+
+def _ready(node: Node, membership: Membership) -> dict[str, Any]:
+    blocks = [block for span in membership.peers.record.resident for block in span]
+    return {
+        "event": "ready",
+        "name": membership.manifest.name,
+        "magnet": str(shared_magnet(node, membership)),
+        "port": node.endpoint.port,
+        "blocks": blocks,
+        "held": membership.files.held(),
+        "blocks_total": len(membership.manifest.blocks),
+    }
+
+
+def shared_magnet(node: Node, membership: Membership) -> Magnet:
+    """The model's magnet with this node as a peer to begin with, if it has an address that others can use."""
+    host = node.parts.config.host
+    if host in ("0.0.0.0", "::", ""):  # noqa: S104  # a comparison
+        return membership.magnet
+    own = Endpoint(host, node.endpoint.port)
+    return replace(membership.magnet, peers=tuple(dict.fromkeys((own, *membership.magnet.peers))))
+
+
+async def _watch(node: Node, membership: Membership, say: Say) -> None:
+    """Say when a peer comes, changes or goes, when sessions do, and what passes through."""
+    known: dict[str, list[int]] = {}
+    sessions = 0
+    before: tuple[int, int] = (0, 0)
+    while True:
+        now = {
+            str(peer.endpoint): sorted({block for span in peer.resident for block in span})
+            for peer in membership.snapshot().candidates
+        }
+        for peer, blocks in now.items():
+            if known.get(peer) != blocks:
+                say({"event": "peer", "peer": peer, "blocks": blocks, "connected": True})
+        for peer in known.keys() - now.keys():
+            say({"event": "peer", "peer": peer, "connected": False})
+        known = now
+        if node.holder.sessions != sessions:
+            state = "open" if node.holder.sessions > sessions else "closed"
+            sessions = node.holder.sessions
+            say({"event": "session", "state": state, "sessions": sessions})
+        transfers = node.parts.swarm.transfers
+        rates = (
+            sum(transfer.progress.download_rate for transfer in transfers),
+            sum(transfer.progress.upload_rate for transfer in transfers),
+        )
+        if rates != before:
+            before = rates
+            say({"event": "rates", "download": rates[0], "upload": rates[1]})
+        await trio.sleep(WATCH_EVERY_S)
