@@ -168,26 +168,37 @@ class TensorKind(Kind):
 
 @dataclass(frozen=True)
 class Tree(Kind):
-    """Nested tuples and maps with text keys, whose leaves are nil, booleans, numbers, texts and bytes."""
+    """Nested rows and maps with text keys, whose leaves are nil, booleans, numbers, texts and bytes. Rows arrive as
+    lists."""
 
     nodes: int
-    depth: int = 16
+    depth: int = 24
 
-    def check(self, value: Any) -> Any:
-        if value is not None and self._count(value, self.depth) > self.nodes:
-            raise ValueError(f"has more than {self.nodes} nodes")
-        return value
+    def pack(self, value: Any, payload: PayloadWriter) -> Any:
+        return self._checked(value)
 
-    def _count(self, value: Any, depth: int) -> int:
-        if value is None or type(value) in (bool, int, float, str, bytes):
-            return 1
-        if depth == 0:
-            raise ValueError(f"is nested more than {self.depth} deep")
-        if type(value) is tuple:
-            return 1 + sum([self._count(item, depth - 1) for item in value])
-        if type(value) is dict and all(type(key) is str for key in value):
-            return 1 + sum([self._count(item, depth - 1) for item in value.values()])
-        raise ValueError(f"holds {_short(value)}, which a tree cannot")
+    def unpack(self, raw: Any, payload: PayloadReader) -> Any:
+        return self._checked(raw)
+
+    def _checked(self, value: Any) -> Any:
+        if value is None:
+            return None
+        left = self.nodes
+
+        def walk(part: Any, depth: int) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0 or depth < 0:
+                raise ValueError(f"has more than {self.nodes} nodes or is nested more than {self.depth} deep")
+            if part is None or type(part) in (bool, int, float, str, bytes):
+                return part
+            if type(part) in (tuple, list):
+                return [walk(item, depth - 1) for item in part]
+            if type(part) is dict and all(type(key) is str for key in part):
+                return {key: walk(item, depth - 1) for key, item in part.items()}
+            raise ValueError(f"holds {_short(part)}, which a tree cannot")
+
+        return walk(value, self.depth)
 
     def __str__(self) -> str:
         return f"tree ≤{self.nodes}"

@@ -85,7 +85,7 @@ Node = Annotated[NodeKey, Bytes(32)]
 Block = Annotated[int, _block]
 Tensors = Annotated[tuple[Tensor, ...], Array(TensorKind(), MAX_TENSORS)]
 SideTree = Annotated[Any, Tree(1024)]
-"""How the tensors hang together: see docs/protocol.md. Lists arrive as tuples."""
+"""How the tensors hang together: see docs/protocol.md, "Border trees"."""
 
 
 class Want(IntEnum):

@@ -1,5 +1,4 @@
-"""The pipe: one ordered, reliable set of streams between two nodes, over whichever carriers they have. No I/O, no
-clock.
+"""The pipe: one ordered, reliable set of streams between two nodes, over whichever carriers they have.
 
 Theory of operation
 -------------------
@@ -8,16 +7,19 @@ node with the lower key is its *leader* and says on which one both send (SELECT)
 sequence number and are kept until acknowledged; when the pipe moves to another carrier, the unacknowledged ones are
 sent again there and the receiver drops those that it has. Every other frame belongs to the carrier that it travels on.
 
-    no carrier  --leader: a carrier opens, queue SELECT on it; follower: a SELECT comes-->  sending
-    sending     --the selected carrier closes-->  leader: the oldest other carrier, or none; follower: none until a
-    SELECT sending     --the leader selects anew while frames are unacknowledged-->  the leader holds sequenced frames
-    until the
-                  follower's answer (an ACK, always sent) tells which of them to send again
-    any         --BYE, or a broken rule-->  closed
+    state      event                                     what the leader does        what the follower does
+    ---------  ----------------------------------------  --------------------------  ---------------------------
+    waiting    a carrier opens                           SELECT on it -> sending     nothing
+    waiting    a SELECT newer than the last comes        (an error)                  ACK on it -> sending there
+    sending    the selected carrier closes               SELECT the oldest other     -> waiting
+                                                         one, or -> waiting
+    sending    it SELECTs while frames are unacked       holds sequenced frames      (as above) resends what the
+                                                         until an ACK comes there,   SELECT did not acknowledge
+                                                         then resends the rest
+    any        BYE, or a broken rule                     -> closed                   -> closed
 
-Who drives this object (the gateway) passes each arriving frame to ``receive_frame`` and, whenever the connection can
-take something, asks ``next_frame``. Any call may make any carrier have something to send: ``ready_carriers`` says
-which.
+No I/O and no clock: who drives this object (the gateway) passes each arriving frame to ``receive_frame`` and asks
+``next_frame`` whenever a connection can take something. Any call may make any carrier have something to send.
 """
 
 from __future__ import annotations
@@ -134,10 +136,9 @@ class PipeCore:
         return tuple(self._carriers)
 
     def carrier_opened(self, carrier: int) -> None:
-        """An authenticated carrier of this pipe is there (``carrier`` is any number that names it, never used
-        twice)."""
-        if carrier in self._carriers:
-            raise LocalProtocolError(f"carrier {carrier} is open already")
+        """An authenticated carrier of this pipe is there. ``carrier`` is any number that was never used before."""
+        if self.closed or carrier in self._carriers:
+            raise LocalProtocolError(f"carrier {carrier} is open already, or its pipe is closed")
         self._carriers[carrier] = deque()
         if self.leader and self.active is None:
             self.select(carrier)
@@ -164,8 +165,9 @@ class PipeCore:
     # -- sending -----------------------------------------------------------------------------------------------------
 
     def send(self, message: Message, stream: int = 0) -> int:
-        """Queue a message; return its length on the wire. Tensor data is referred to until it is put into frames: do
-        not change it.
+        """Queue a message; return its length on the wire.
+
+        Tensor data is not copied before it is put into frames: never change it after this call.
 
         :raises LocalProtocolError: the message breaks a bound, the stream does not exist or is not ``writable``, or the
             pipe is closed.
@@ -214,7 +216,6 @@ class PipeCore:
             return
         self._forget()
         for waiting in self._carriers.values():
-            waiting.clear()
             waiting.append(encode_frame(Bye(code, reason)))
 
     @property
@@ -253,8 +254,7 @@ class PipeCore:
         return bool(self._announcements or self._turns) and self._unacked_bytes < self.limits.unacked
 
     def _next_sequenced(self) -> bytes:
-        """Precondition: ``_can_send_sequenced``. Lost frames go again first, then credit and resets, then streams in
-        turn."""
+        """Lost frames first, then credit and resets, then streams in turn. Precondition: ``_can_send_sequenced``."""
         if self._resent < len(self._unacked):
             frame = self._unacked[self._resent]
         else:
@@ -292,8 +292,9 @@ class PipeCore:
     # -- receiving ---------------------------------------------------------------------------------------------------
 
     def receive_frame(self, carrier: int, data: bytes | bytearray | memoryview) -> list[Event]:
-        """Take one whole frame that came on an open carrier; return what it completes. ``data`` is only read during the
-        call.
+        """Take one whole frame that came on an open carrier; return what it completes.
+
+        ``data`` is only read during the call; events do not refer to it.
 
         :raises RemoteProtocolError: the peer broke a rule. Say so with ``close`` and close its carriers.
         """
@@ -338,7 +339,7 @@ class PipeCore:
             outgoing.add_credit(frame.amount)
             self._take_turn(frame.stream, outgoing)
         else:
-            self._reserve_left += self._receive_stream(frame.stream).drop()
+            self._reserve_left += self._receive_stream(frame.stream).drop(frame.stream)
             self._give_room()
             self._grant(frame.stream)
         return []
@@ -424,6 +425,8 @@ class PipeCore:
 
     def _forget(self) -> None:
         self.closed = True
+        for waiting in self._carriers.values():
+            waiting.clear()
         self._unacked.clear()
         self._announcements.clear()
         self._turns.clear()

@@ -68,8 +68,10 @@ class SendStream:
         self.credit += amount
 
     def pull(self, limit: int) -> tuple[list[memoryview], bool, bool, int]:
-        """The next frame body of at most ``limit`` bytes: its parts, whether it is first, whether it ends, message
-        length."""
+        """The next frame's body, at most ``limit`` bytes of one message.
+
+        Returns its parts, whether it begins the message, whether it ends it, and the message's length.
+        """
         message = self._waiting[0]
         first = self._sent == 0
         parts: list[memoryview] = []
@@ -158,15 +160,16 @@ class ReceiveStream:
         return self._partial if frame.end else None
 
     def finish(self, extra: int) -> tuple[int, int]:
-        """The message was decoded and takes ``extra`` bytes more: return (window bytes, reserved bytes) that it
-        holds."""
+        """The message was decoded and takes ``extra`` bytes more: return what it holds of window and reserve."""
         held = (self._charged + extra, self.reserved)
         self.credit -= extra
         self._partial, self._charged, self.reserved = None, 0, 0
         return held
 
-    def drop(self) -> int:
+    def drop(self, stream: int) -> int:
         """Throw the unfinished message away; return the reserved bytes that this frees."""
+        if self._partial is None:
+            raise RemoteProtocolError(f"stream {stream} is reset, but no message is under way there")
         freed = self.reserved
         self.owed += self._charged
         self._partial, self._charged, self.reserved = None, 0, 0

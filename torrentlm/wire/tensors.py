@@ -67,7 +67,7 @@ class PayloadWriter:
             view = memoryview(b"")
         elif view.format != "B" or view.ndim != 1:
             view = view.cast("B")
-        if size >= COMPRESS_FROM and not tensor.dtype.startswith(("F", "BF")) and self.expansion + size <= MAX_EXPANDED:
+        if size >= COMPRESS_FROM and "F" not in tensor.dtype and self.expansion + size <= MAX_EXPANDED:
             packed = zstandard.ZstdCompressor(level=1).compress(view)
             if len(packed) <= size - size // 8:
                 self.expansion += size
@@ -90,13 +90,13 @@ class PayloadReader:
 
     def take(self, entry: Any) -> Tensor:
         """The tensor that a header entry describes."""
-        if type(entry) is not tuple or len(entry) < 1 or not all(type(item) is int for item in entry):
+        if type(entry) is not tuple or not entry or type(entry[0]) is not int:
             raise ValueError("is no tensor entry")
         number, shape = entry[0], entry[1:]
         if number < _ZSTD:
             size = _tensor_size(number, shape)
             return Tensor(_DTYPES[number], shape, self._slice(size))
-        if not shape:
+        if not shape or type(shape[0]) is not int:
             raise ValueError("is a compressed tensor without a length")
         number, stored, shape = number - _ZSTD, shape[0], shape[1:]
         size = _tensor_size(number, shape)
@@ -126,7 +126,7 @@ def aligned(position: int) -> int:
 def _tensor_size(number: int, shape: Sequence[int]) -> int:
     if not 0 <= number < len(_DTYPES):
         raise ValueError("has an unknown dtype")
-    if len(shape) > MAX_RANK or not all(0 <= dimension <= MAX_DIMENSION for dimension in shape):
+    if len(shape) > MAX_RANK or not all(type(size) is int and 0 <= size <= MAX_DIMENSION for size in shape):
         raise ValueError("has a shape out of bounds")
     return math.prod(shape) * ITEM_SIZES[_DTYPES[number]]
 
