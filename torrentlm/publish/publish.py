@@ -1,0 +1,225 @@
+"""Publish a model: stream its tensors into block files in the node's store, and describe them in the model torrent.
+
+One pass over the weights: each tensor is read, converted, written and hashed, and nothing larger than one tensor is in
+memory. New files are staged, and appear in the store only when all of them are complete::
+
+    source ──▶ plan (which tensor, which file) ──▶ publishing/*.safetensors ──▶ blocks/<pieces root>.safetensors
+       └──▶ config, tokenizer, … + manifest + block torrents ──▶ publishing/model ──▶ models/<v2 hex>/<name>/
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from torrentlm.compute.skeleton import build_skeleton, read_config
+from torrentlm.compute.split import Split, analyse, named_weights
+from torrentlm.config import Recipe
+from torrentlm.errors import ArtifactError, StorageError, UnsupportedModelError
+from torrentlm.manifest import canonical
+from torrentlm.manifest.canonical import TensorSpec
+from torrentlm.manifest.manifest import FILE_NAME, BlockEntry, BlockFile, FileEntry, Manifest
+from torrentlm.manifest.torrent import Torrent, multi_file, safe_name
+from torrentlm.publish.checkpoint import Checkpoint
+from torrentlm.publish.convert import TORCH_DTYPES, converted
+from torrentlm.publish.gguf_file import GGUFFile
+from torrentlm.publish.payload import to_json
+from torrentlm.publish.plan import Plan, plan
+from torrentlm.publish.published import Published, recall, record_of, remember
+from torrentlm.publish.source import Location, Source, locate, unreadable
+from torrentlm.publish.writer import write_block
+from torrentlm.swarm.store import Store, disk_full, storage_error
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all (1 until that is known), and what is being done.
+
+What it raises ends the publishing, cleanly.
+"""
+
+
+def publish(recipe: Recipe, store: Store, progress: Progress | None = None) -> Published:
+    """Publish what ``recipe`` names into ``store``, or recognise that an earlier run has done so.
+
+    Blocks: call it in a worker thread. The same weights give the same torrents, whatever folder, machine or sharding
+    they come from. Raises ConfigError (no such source), ArtifactError (a broken checkpoint), UnsupportedModelError, or
+    StorageError (disk full, not writable); whatever it raises, nothing half-published is left.
+    """
+    location = locate(recipe)
+    try:
+        record = record_of(recipe, location, store)
+    except OSError as error:
+        raise unreadable(location.path, error) from error
+    if known := recall(record, store):
+        return known
+    with _staging(store) as staging:
+        published = _publish(recipe, location, store, staging, progress or (lambda done, total, what: None))
+        remember(record, published)
+        return published
+
+
+@contextmanager
+def _staging(store: Store) -> Iterator[Path]:
+    """A folder on the store's disk that is gone afterwards, come what may; translates what the disk says."""
+    folder = store.data / "publishing"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed; the store is locked, so nobody uses it
+        folder.mkdir()
+        yield folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"disk full while publishing into {store.data}; free some space there") from error
+        raise storage_error(error, store.data) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What config.json says the model is; ``settings`` are the published config.json's."""
+
+    architecture: str
+    shapes: Mapping[str, tuple[int, ...]]
+    split: Split
+    settings: dict[str, object]
+
+
+def _publish(recipe: Recipe, location: Location, store: Store, staging: Path, progress: Progress) -> Published:
+    progress(0, 1, f"reading {location.path.name}")
+    source: Source = GGUFFile(location.path) if location.is_gguf else Checkpoint(location.path)
+    payload = dict(source.files())
+    model = _understand(payload["config.json"], recipe.dtype, staging)
+    payload["config.json"] = to_json(model.settings)
+    _check_shapes(source, model)
+    planned = plan(source.tensors, model.shapes, model.split, recipe.layers_per_block)
+    specs = {name: converted(spec, recipe.dtype) for name, spec in source.tensors.items()}
+    layouts = [
+        canonical.layout(replace(specs[stored], name=name) for name, stored in file.tensors.items())
+        for file in planned.files
+    ]
+    _require_space(store, sum(layout.size for layout in layouts))
+    torrents = _write_blocks(source, planned, layouts, store, staging, progress)
+    dtype = _main_dtype(placed.tensor for layout in layouts for placed in layout.tensors)
+    manifest = _manifest(recipe.name, model, dtype, planned, torrents)
+    distinct = tuple({torrent.name: torrent for torrent in torrents}.values())
+    return _move_in(manifest, distinct, payload, store, staging, planned.left_out)
+
+
+def _understand(config_json: bytes, dtype: str | None, staging: Path) -> _Model:
+    """Build the model that config.json describes, on paper, and complete its settings."""
+    settings = json.loads(config_json)
+    if "quantization_config" in settings:
+        raise UnsupportedModelError(
+            "this checkpoint is quantized in a way of its own; publish the unquantized one, or a GGUF file"
+        )
+    (staging / "config.json").write_bytes(config_json)
+    config = read_config(staging)
+    skeleton = build_skeleton(config, torch.float32)
+    settings.setdefault("architectures", [type(skeleton).__name__])
+    if dtype is None and not settings.keys() & {"dtype", "torch_dtype"}:
+        dtype = "F32"
+    if dtype is not None:
+        settings.pop("torch_dtype", None)
+        settings["dtype"] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
+    shapes = {name: tuple(weight.shape) for name, weight in named_weights(skeleton)}
+    return _Model(type(skeleton).__name__, shapes, analyse(config), settings)
+
+
+def _check_shapes(source: Source, model: _Model) -> None:
+    for name, spec in source.tensors.items():
+        if spec.shape != model.shapes.get(name, spec.shape):
+            raise ArtifactError(
+                f"tensor {name} has shape {list(spec.shape)}, but config.json asks for {list(model.shapes[name])};"
+                " fetch the checkpoint again, with its own config.json"
+            )
+
+
+def _require_space(store: Store, total: int) -> None:
+    """Refuse at once what certainly does not fit. What the store holds already may be part of it."""
+    held = sum(store.path(name).stat().st_size for name in store.held())
+    free = shutil.disk_usage(store.data).free
+    if total - held > free:
+        raise disk_full(total - held, free, store.data)
+
+
+def _write_blocks(
+    source: Source,
+    planned: Plan,
+    layouts: Sequence[canonical.Layout],
+    store: Store,
+    staging: Path,
+    progress: Progress,
+) -> list[Torrent]:
+    """Stage every file that the store does not have; their torrents, in the plan's order."""
+    total = sum(layout.size for layout in layouts)
+    done = 0
+    torrents = []
+    for index, (file, layout) in enumerate(zip(planned.files, layouts, strict=True)):
+        what = " and ".join(str(block) for block in planned.blocks if index in block.files)
+
+        def report(count: int, what: str = what) -> None:
+            nonlocal done
+            done += count
+            progress(done, total, what)
+
+        torrents.append(write_block(layout, file.tensors, source, staging, report))
+        if store.holds(torrents[-1].name):
+            (staging / torrents[-1].name).unlink()
+    return torrents
+
+
+def _main_dtype(tensors: Iterable[TensorSpec]) -> str:
+    """The dtype that most bytes are of."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.dtype] += tensor.nbytes
+    return max(sizes, key=lambda dtype: (sizes[dtype], dtype))
+
+
+def _manifest(name: str, model: _Model, dtype: str, planned: Plan, torrents: Sequence[Torrent]) -> Manifest:
+    files = {torrent.name: FileEntry(torrent.name, torrent.size, torrent.v1, torrent.v2) for torrent in torrents}
+    index_of = {file: index for index, file in enumerate(files)}  # equal layers are one file
+    blocks = tuple(
+        BlockEntry(
+            block.kind,
+            block.layers,
+            tuple(BlockFile(index_of[torrents[file].name], planned.files[file].names) for file in block.files),
+        )
+        for block in planned.blocks
+    )
+    split = model.split
+    return Manifest(name, model.architecture, dtype, split.layer_stack, split.layers, blocks, tuple(files.values()))
+
+
+def _move_in(
+    manifest: Manifest,
+    torrents: tuple[Torrent, ...],
+    payload: Mapping[str, bytes],
+    store: Store,
+    staging: Path,
+    left_out: tuple[str, ...],
+) -> Published:
+    """Make the model torrent, and move everything that is staged to where the store has it."""
+    files = {**payload, FILE_NAME: manifest.to_bytes()}
+    files |= {f"blocks/{torrent.name}.torrent": torrent.to_bytes() for torrent in torrents}
+    model = multi_file(safe_name(manifest.name), files)
+    root = staging / "model" / model.name
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    for torrent in torrents:
+        if (staged := staging / torrent.name).exists():
+            staged.replace(store.path(torrent.name))
+            store.mark_verified(torrent.name)
+    folder = store.model_folder(model.v2)
+    shutil.rmtree(folder, ignore_errors=True)
+    root.parent.replace(folder)
+    store.save_torrent(model.v2, model.to_bytes())
+    return Published(manifest, model, torrents, folder / model.name, left_out)

@@ -1,0 +1,72 @@
+"""What an earlier run has published: recognised by the recipe and the source's stamps, and then checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torrentlm.config import Recipe
+from torrentlm.errors import ArtifactError
+from torrentlm.manifest.magnet import Magnet
+from torrentlm.manifest.manifest import FILE_NAME, Manifest
+from torrentlm.manifest.torrent import Torrent, multi_file
+from torrentlm.publish.source import Location
+from torrentlm.swarm.store import Store
+
+FORMAT = 1
+"""Raised whenever the same source would be published as other bytes: records of earlier versions are then ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A model in the store: its torrent ``model`` with the files in ``folder``, and the torrents of ``manifest.files``.
+
+    ``left_out`` names the checkpoint's tensors that no block reads; empty when an earlier run published the model.
+    """
+
+    manifest: Manifest
+    model: Torrent
+    torrents: tuple[Torrent, ...]
+    folder: Path
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def magnet(self) -> Magnet:
+        return Magnet(self.model.v1, self.model.v2, self.model.name)
+
+
+def record_of(recipe: Recipe, location: Location, store: Store) -> Path:
+    """The file that says what this recipe was published as, as long as its source does not change. Raises OSError."""
+    key = json.dumps([FORMAT, asdict(recipe), location.path, location.stamps()], default=str, sort_keys=True)
+    return store.data / "published" / hashlib.sha256(key.encode()).hexdigest()
+
+
+def remember(record: Path, published: Published) -> None:
+    """Write the record, whole or not at all. Raises OSError."""
+    record.parent.mkdir(exist_ok=True)
+    temporary = record.with_suffix(".new")
+    temporary.write_text(published.model.v2.hex())
+    temporary.replace(record)
+
+
+def recall(record: Path, store: Store) -> Published | None:
+    """What the record names, if all of it is still in the store and unchanged; None otherwise."""
+    try:
+        v2 = bytes.fromhex(record.read_text())
+        encoded = store.load_torrent(v2)
+        if encoded is None:
+            return None
+        model = Torrent.from_bytes(encoded)
+        folder = store.model_folder(v2) / model.name
+        payload = {"/".join(file.path): folder.joinpath(*file.path).read_bytes() for file in model.files}
+        if model.v2 != v2 or multi_file(model.name, payload) != model:
+            return None
+        manifest = Manifest.from_bytes(payload[FILE_NAME])
+        torrents = tuple(Torrent.from_bytes(payload[f"blocks/{file.name}.torrent"]) for file in manifest.files)
+    except (OSError, ValueError, KeyError, ArtifactError):
+        return None
+    if not all(store.holds(file.name) for file in manifest.files):
+        return None
+    return Published(manifest, model, torrents, folder)
