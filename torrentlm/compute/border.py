@@ -1,25 +1,23 @@
 """Borders: what one layer call returns and the next holder needs, as plain values that travel.
 
-A border is a tree (tuples, lists, dicts, constants) with tensors at some leaves. ``flatten`` takes it apart
-into the tensors and a tree of msgpack-able values, ``rebuild`` puts it together again; ``pack`` and ``unpack``
-turn a tensor into ``(dtype, shape, bytes)`` and back.
+A border is a tree (tuples, lists, dicts, constants) with tensors at some leaves. ``flatten`` takes it apart into
+the tensors and a tree of plain values, ``rebuild`` puts it together again; ``to_wire`` and ``from_wire`` turn it into
+what a message carries and back.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from typing_extensions import Buffer
 
 from torrentlm.errors import RemoteProtocolError, UnsupportedModelError
-
-Packed = tuple[str, tuple[int, ...], "memoryview | bytes"]
-"""A tensor on the wire: dtype name as in safetensors, shape, the little-endian bytes in C order."""
+from torrentlm.wire.tensors import Tensor
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -63,6 +61,13 @@ class Border:
     def value(self) -> Any:
         """The return value again; only for a tree of our own or one that ``BorderShape.check`` has accepted."""
         return rebuild(self.tensors, self.tree)
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """float [batch, n, vocabulary]: of the last position, of all, or (after a step of no tokens) of none."""
+
+    logits: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -176,31 +181,54 @@ def rebuild(tensors: Sequence[torch.Tensor], tree: Any) -> Any:
     return tuple(items) if kind == TUPLE else items
 
 
-def pack(tensor: torch.Tensor) -> Packed:
+def pack(tensor: torch.Tensor) -> Tensor:
     """A tensor as it travels, a view of a contiguous one on the CPU: leave it unchanged until the bytes are sent."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    data = memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else b""
-    return DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data
+    data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    return Tensor(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data)
 
 
-def unpack(dtype: str, shape: Sequence[int], data: bytes | bytearray | memoryview) -> torch.Tensor:
-    """The tensor that a peer sent, a view of ``data`` where possible; RemoteProtocolError if the parts do not fit."""
-    kind = DTYPES.get(dtype)
-    if kind is None:
-        raise RemoteProtocolError(f"The peer sent a tensor of unknown dtype {dtype!r:.20}.")
-    if any(type(size) is not int or size < 0 for size in shape) or len(shape) > 8:
-        raise RemoteProtocolError("The peer sent a tensor with an impossible shape.")
-    count = math.prod(shape)
-    if count * kind.itemsize != len(data):
-        raise RemoteProtocolError(f"The peer sent {len(data)} bytes for a {dtype} tensor of shape {list(shape)}.")
+def unpack(packed: Tensor) -> torch.Tensor:
+    """The tensor that a peer sent, if possible a view of the message; RemoteProtocolError if its parts do not fit."""
+    dtype = DTYPES.get(packed.dtype)
+    if dtype is None:
+        raise RemoteProtocolError(f"The peer sent a tensor of dtype {packed.dtype}, which nothing here computes with.")
+    count = math.prod(packed.shape)
+    if min(packed.shape, default=0) < 0 or count * dtype.itemsize != len(packed.data):
+        raise RemoteProtocolError(f"The peer sent {len(packed.data)} bytes for {packed.dtype} {list(packed.shape)}.")
     if count == 0:
-        return torch.empty(tuple(shape), dtype=kind)
-    if kind is torch.bool:  # any other byte than 0 and 1 would be undefined behaviour in torch
-        return view_of(data, torch.uint8, count).ne(0).view(tuple(shape))
-    return aligned(view_of(data, kind, count)).view(tuple(shape))
+        return torch.empty(packed.shape, dtype=dtype)
+    if dtype is torch.bool:  # any other byte than 0 and 1 would be undefined behaviour in torch
+        return view_of(packed.data, torch.uint8, count).ne(0).view(packed.shape)
+    return aligned(view_of(packed.data, dtype, count)).view(packed.shape)
 
 
-def view_of(data: Buffer, dtype: torch.dtype, count: int, offset: int = 0) -> torch.Tensor:
+def to_wire(result: Border | Logits) -> tuple[tuple[Tensor, ...], Any]:
+    """A forward's result as the tensors and the tree of a message."""
+    if isinstance(result, Logits):
+        return (pack(result.logits),), None
+    return tuple(pack(tensor) for tensor in result.tensors), result.tree
+
+
+def from_wire(tensors: Sequence[Tensor], tree: Any, expected: BorderShape | None) -> torch.Tensor | Border:
+    """What a step brought, for ``SpanRunner.forward``: ids where ``expected`` (its ``expects``) is None, else a border.
+
+    Raises RemoteProtocolError for a number of tensors, a shape or a dtype that the span cannot take.
+    """
+    if expected is None:
+        if len(tensors) != 1 or tensors[0].dtype not in ("I32", "I64"):
+            raise RemoteProtocolError("A step for the stem brings one tensor of token ids.")
+        return unpack(tensors[0])
+    if len(tensors) != len(expected.shapes):
+        raise RemoteProtocolError(f"The peer sent {len(tensors)} tensors where {len(expected.shapes)} are due.")
+    border = Border(tuple(unpack(tensor) for tensor in tensors), tree)
+    expected.check(border)
+    return border
+
+
+def view_of(
+    data: bytes | bytearray | memoryview | mmap.mmap, dtype: torch.dtype, count: int, offset: int = 0
+) -> torch.Tensor:
     """A flat tensor over the bytes in ``data``, which nothing may write to."""
     with warnings.catch_warnings():  # torch warns where the bytes are read-only
         warnings.simplefilter("ignore", UserWarning)

@@ -10,45 +10,29 @@ line here knows any architecture.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from torrentlm.compute.border import Border, BorderShape, rebuild, replace_at, tensors_at, to_dtype
+from torrentlm.compute.border import Border, BorderShape, Logits, rebuild, replace_at, tensors_at, to_dtype
 from torrentlm.compute.cache import SpanCache
 from torrentlm.compute.skeleton import build_skeleton, first_line
 from torrentlm.compute.split import Split, find_layer_stack, forward_arguments, named_weights
-from torrentlm.compute.weights import BlockFiles, attach_weights, load_weights
+from torrentlm.compute.weights import BlockFiles, Weights, attach_weights
 from torrentlm.errors import LocalProtocolError, RefusedError, RemoteProtocolError
-
-
-class Want(IntEnum):
-    """What a span with the head should give back for a step; the numbers are those of the wire."""
-
-    NONE = 0
-    SAMPLE = 1
-    LOGITS_LAST = 2
-    LOGITS_ALL = 3
-    HIDDEN = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Logits:
-    """float [batch, n, vocabulary]: of the last position, of all, or (after a step of no tokens) of none."""
-
-    logits: torch.Tensor
+from torrentlm.wire.messages import Want
 
 
 class SpanRunner:
     """Layers ``first`` to ``last`` (``last = first - 1``: none), with the stem or the head if asked for, on one device.
 
-    One forward at a time: calls from several threads queue up. The constructor raises ArtifactError for unusable block
-    files, StorageError for unreadable ones, UnsupportedModelError when transformers cannot build the model.
+    ``weights`` are the span's block files; runners in one process share what they load from the same file. One forward
+    at a time: calls from several threads queue up. The constructor raises ArtifactError for unusable block files,
+    StorageError for unreadable ones, UnsupportedModelError when transformers cannot build the model.
     """
 
     def __init__(
@@ -74,8 +58,9 @@ class SpanRunner:
         self.has_head = has_head
         self.dtype = dtype
         self.device = torch.device(device)
-        self._model = build_skeleton(config, dtype, self.device)
-        self._attach(weights)
+        self._model = build_skeleton(config, self.dtype, self.device)
+        self._weights = Weights(weights, dtype, self.device)
+        self._attach(self._weights.tensors)
         self._takes = forward_arguments(self._model)
         self._vocabulary = self._model.get_input_embeddings().num_embeddings
         self._running = threading.Lock()
@@ -93,6 +78,11 @@ class SpanRunner:
         if batch < 1 or max_length < 1 or len(pads) != batch or not all(0 <= pad < max_length for pad in pads):
             raise RefusedError("The session's batch, length and padding do not fit together.", "bad_request")
         return SpanCache.open(self._model.config, self.layers, batch, max_length, pads, self.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that this span reads."""
+        return self._weights.nbytes
 
     def cache_bytes(self, batch: int, max_length: int) -> int:
         """Bytes that a session's cache comes to here when it is full."""
@@ -203,14 +193,13 @@ class SpanRunner:
 
     # Set-up
 
-    def _attach(self, files: BlockFiles) -> None:
+    def _attach(self, weights: Mapping[str, torch.Tensor]) -> None:
         split, canonical = self.split, self.split.canonical
-        weights = {canonical.get(name, name): tensor for name, tensor in load_weights(files).items()}
         prefixes = tuple(split.layer_prefix(layer) for layer in self.layers)
         needed = {canonical.get(name, name) for name, _ in named_weights(self._model) if name.startswith(prefixes)}
         needed.update(*(split.extra[layer] for layer in self.layers))
         needed.update(split.stem if self.has_stem else (), split.head if self.has_head else ())
-        attach_weights(self._model, weights, needed, self.device)
+        attach_weights(self._model, weights, needed, canonical)
 
     def _swap_layers(self, stack: nn.ModuleList) -> None:
         first, stop = self.layers.start, self.layers.stop

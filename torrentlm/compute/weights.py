@@ -1,16 +1,17 @@
-"""Weights straight from block files: each tensor is a view of the file's own pages, shared by all processes
-that map it.
+"""Weights straight from block files: each tensor is a view of the file's pages, shared by all processes that map it.
 
-A tensor is copied only where its dtype, its device or its alignment must change, and then tensor by tensor.
+A tensor is copied only where its dtype, its device or its alignment must change, and then one after the other.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -24,71 +25,96 @@ Names = Sequence[tuple[str, str]]
 """(prefix in the file, prefix in the model): to the model a tensor's name begins with the second instead."""
 
 BlockFiles = Iterable[tuple[Path, Names]]
-"""Block files and how the model calls their tensors."""
+"""Block files and what the model calls their tensors."""
 
 MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it yet
 
 
-def load_weights(files: BlockFiles) -> dict[str, torch.Tensor]:
-    """Every tensor in these files under the model's name for it, a read-only view of the file.
+class BlockWeights:
+    """One block file's tensors by their names in the file, in one dtype on one device. Nothing may write to them."""
 
-    A file that is named twice is mapped once. Raises ArtifactError for a broken file or a tensor without a name
-    in the model, StorageError when a file cannot be read.
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self.name = path.name
+        self.tensors = {
+            name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in _map_file(path)
+        }
+
+
+_in_use: WeakValueDictionary[tuple[object, ...], BlockWeights] = WeakValueDictionary()
+"""Files are named by their content, so spans and models that share a file share its one copy in memory."""
+_loading = threading.Lock()
+
+
+class Weights:
+    """The weights of a span under the model's names, floating point ones in ``dtype``, all on ``device``.
+
+    Raises ArtifactError for a broken file or a tensor that gets no name, StorageError for an unreadable file.
     """
-    weights: dict[str, torch.Tensor] = {}
-    mapped: dict[Path, list[tuple[str, torch.Tensor]]] = {}
-    for path, names in files:
-        if path not in mapped:
-            mapped[path] = list(_map_file(path))
-        used = 0
-        for file_prefix, model_prefix in names:
-            for name, tensor in mapped[path]:
-                if name.startswith(file_prefix):
-                    weights[model_prefix + name.removeprefix(file_prefix)] = tensor
-                    used += 1
-        if used < len(mapped[path]):
-            raise ArtifactError(
-                f"{path.name} holds tensors that the manifest gives no name; fetch the model torrent again."
-            )
-    return weights
+
+    def __init__(self, files: BlockFiles, dtype: torch.dtype, device: torch.device) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._files: list[BlockWeights] = []
+        for path, names in files:
+            file = _load(path, dtype, device)
+            self._files.append(file)
+            unnamed = set(file.tensors)
+            for here, there in names:
+                for name in filter(lambda name: name.startswith(here), file.tensors):
+                    self.tensors[there + name.removeprefix(here)] = file.tensors[name]
+                    unnamed.discard(name)
+            if unnamed:
+                raise ArtifactError(
+                    f"{file.name} holds the tensor {min(unnamed)}, which the manifest does not mention."
+                )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all these tensors, each counted once."""
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in self.tensors.values()}.values())
 
 
 def attach_weights(
-    model: nn.Module, weights: dict[str, torch.Tensor], needed: Iterable[str], device: torch.device
+    model: nn.Module, weights: Mapping[str, torch.Tensor], needed: Collection[str], canonical: Mapping[str, str]
 ) -> None:
-    """Put ``weights`` (canonical names) in the place of the model's ghosts, in the dtype that the model has there.
+    """Put weights in the place of the model's ghosts: all that are ``needed`` (canonical names) and no others.
 
-    ``needed`` names must be there with the model's own shape: ArtifactError otherwise. Tensors are taken out of
-    ``weights`` one by one, so that what a cast replaces can be freed at once.
+    Raises ArtifactError when one is missing or has another shape than the model's.
     """
-    wanted = set(needed)
-    taken: set[str] = set()
+    available = {canonical.get(name, name): tensor for name, tensor in weights.items()}
+    if missing := sorted(name for name in needed if name not in available):
+        raise ArtifactError(f"The block files lack the tensor {missing[0]}; fetch the model torrent again.")
 
-    def attach(name: str, current: torch.Tensor) -> torch.Tensor | None:
-        if name not in wanted:
-            return None
-        tensor = weights.pop(name, None)
-        if tensor is None:
-            raise ArtifactError(f"The block files lack the tensor {name}; fetch the model torrent again.")
+    def fitting(name: str, current: torch.Tensor) -> torch.Tensor:
+        tensor = available[name]
         if tensor.shape != current.shape:
-            raise ArtifactError(
-                f"The tensor {name} has shape {list(tensor.shape)} where the model has {list(current.shape)}."
-            )
-        taken.add(name)
-        return tensor.to(device=device, dtype=current.dtype)
+            raise ArtifactError(f"The tensor {name} is {list(tensor.shape)} where the model has {list(current.shape)}.")
+        return tensor.to(current.dtype)
 
     def parameter(name: str, ghost: nn.Parameter) -> nn.Parameter:
-        tensor = attach(name, ghost)
-        return ghost if tensor is None else nn.Parameter(tensor, requires_grad=ghost.requires_grad)
+        if name not in needed:
+            return ghost
+        return nn.Parameter(fitting(name, ghost), requires_grad=ghost.requires_grad)
 
     replace_parameters(model, parameter)
     for prefix, module in model.named_modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
             name = f"{prefix}.{key}" if prefix else key
-            if name in weights and (tensor := attach(name, buffer)) is not None:
-                module._buffers[key] = tensor
-    if missing := sorted(wanted - taken):
-        raise ArtifactError(f"The block files lack the tensor {missing[0]}; fetch the model torrent again.")
+            if name in needed:
+                module._buffers[key] = fitting(name, buffer)
+
+
+def _load(path: Path, dtype: torch.dtype, device: torch.device) -> BlockWeights:
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    key = (path.resolve(), state.st_ino, state.st_mtime_ns, state.st_size, dtype, device)
+    with _loading:
+        loaded = _in_use.get(key)
+        if loaded is None:
+            loaded = _in_use[key] = BlockWeights(path, dtype, device)
+        return loaded
 
 
 def _map_file(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -98,10 +124,12 @@ def _map_file(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             layout = read_layout(file, size, path.name)
             pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise StorageError(
-            f"The block file {path} cannot be read ({error.strerror}); check the data folder."
-        ) from error
-    _advise(pages)
+        raise _unreadable(path, error) from error
+    # Large pages, and all of the file now rather than in the first step; a system may know neither.
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), MADV_POPULATE_READ):
+        if advice is not None:
+            with suppress(OSError, ValueError):
+                pages.madvise(advice)
     return _tensors(path, pages, layout)
 
 
@@ -112,15 +140,11 @@ def _tensors(path: Path, pages: mmap.mmap, layout: Layout) -> Iterator[tuple[str
         if dtype is None:
             raise ArtifactError(f"{path.name} holds {spec.dtype} tensors, which this version cannot compute with.")
         count = (placed.end - placed.start) // dtype.itemsize
-        if count == 0:
+        if count:
+            yield spec.name, aligned(view_of(pages, dtype, count, placed.start)).view(spec.shape)
+        else:
             yield spec.name, torch.empty(spec.shape, dtype=dtype)
-            continue
-        yield spec.name, aligned(view_of(pages, dtype, count, placed.start)).view(spec.shape)
 
 
-def _advise(pages: mmap.mmap) -> None:
-    """Ask for large pages and for all of the file now rather than in the first step; either may be unsupported."""
-    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), MADV_POPULATE_READ):
-        if advice is not None:
-            with suppress(OSError, ValueError):
-                pages.madvise(advice)
+def _unreadable(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"The block file {path} cannot be read ({error.strerror}); check the data folder.")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from torrentlm.compute.border import pack
-from torrentlm.compute.span import Logits, SpanRunner, Want
+from torrentlm.compute.border import Logits, pack
+from torrentlm.compute.span import SpanRunner
 from torrentlm.compute.split import Split, analyse
 from torrentlm.manifest.canonical import TensorSpec, layout, write
+from torrentlm.wire.messages import Want
 
 TINY = {
     "vocab_size": 101,
@@ -28,7 +30,9 @@ TINY = {
 }
 
 
-def tiny(model_type: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> PreTrainedModel:
+def tiny(
+    model_type: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any
+) -> PreTrainedModel:
     """A random model of a few layers, wide enough apart that greedy tokens do not hang on rounding."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **TINY | settings)
@@ -52,7 +56,7 @@ class Blocks:
     head: list[tuple[Path, list[tuple[str, str]]]]
 
     def runner(self, first: int, last: int, dtype: torch.dtype = torch.float32, **ends: bool) -> SpanRunner:
-        stem = first == 0 if "has_stem" not in ends else ends["has_stem"]
+        stem = ends.get("has_stem", first == 0)
         head = last == self.split.layers - 1 if "has_head" not in ends else ends["has_head"]
         files = [file for layer in self.layers[first : last + 1] for file in layer]
         files = (self.stem if stem else []) + files + (self.head if head else [])
@@ -63,7 +67,7 @@ class Blocks:
     def thirds(self, dtype: torch.dtype = torch.float32) -> list[SpanRunner]:
         n = self.split.layers
         cuts = [0, n // 3, 2 * n // 3, n]
-        return [self.runner(a, b - 1, dtype) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [self.runner(a, b - 1, dtype) for a, b in pairwise(cuts)]
 
 
 def cut(model: PreTrainedModel, folder: Path) -> Blocks:
@@ -75,10 +79,10 @@ def cut(model: PreTrainedModel, folder: Path) -> Blocks:
     def file(label: str, prefix: str, names: list[str]) -> tuple[Path, list[tuple[str, str]]]:
         tensors = {name.removeprefix(prefix): weights[name] for name in names}
         packed = {name: pack(tensor) for name, tensor in tensors.items()}
-        target = layout(TensorSpec(name, dtype, shape) for name, (dtype, shape, _) in packed.items())
+        target = layout(TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in packed.items())
         path = folder / f"{label}.safetensors"
         with path.open("wb") as sink:
-            write(target, lambda name: [packed[name][2]], sink.write)
+            write(target, lambda name: [packed[name].data], sink.write)
         return path, [("", prefix)]
 
     common = [file("shared", "", shared)] if shared else []
@@ -89,8 +93,8 @@ def cut(model: PreTrainedModel, folder: Path) -> Blocks:
         if split.extra[layer]:
             own.append(file(f"extra{layer}", "", list(split.extra[layer])))
         layers.append(own)
-    stem = common + [file("stem", "", only)] if (only := [n for n in split.stem if n not in shared]) else common
-    head = common + [file("head", "", only)] if (only := [n for n in split.head if n not in shared]) else common
+    stem = [*common, file("stem", "", only)] if (only := [n for n in split.stem if n not in shared]) else common
+    head = [*common, file("head", "", only)] if (only := [n for n in split.head if n not in shared]) else common
     return Blocks(model.config, split, stem, layers, head)
 
 

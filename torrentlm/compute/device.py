@@ -1,0 +1,67 @@
+"""A device that computes: which one it is, and a way to run forwards on it without holding up the event loop."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar, TypeVarTuple
+
+import torch
+import trio
+
+from torrentlm.errors import ConfigError
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
+
+
+class Device:
+    """One device, one forward at a time, each in a worker thread. ``torch_device`` is where its tensors live.
+
+    ``threads`` limits the cores that one forward uses on a CPU. Raises ConfigError for a device that is not there.
+    """
+
+    def __init__(self, name: str = "cpu", threads: int | None = None) -> None:
+        try:
+            self.torch_device = torch.device(name)
+            torch.empty(1, device=self.torch_device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"The device {name!r} is not usable here; choose cpu, or cuda where there is one."
+            ) from error
+        if threads is not None and self.torch_device.type == "cpu":
+            torch.set_num_threads(threads)
+        self._limiter = trio.CapacityLimiter(1)
+
+    @property
+    def name(self) -> str:
+        """What peers are told: the device's kind and its maker's name for it."""
+        if self.torch_device.type == "cpu":
+            return f"cpu ({_processor()}, {torch.get_num_threads()} threads)"
+        if self.torch_device.type == "cuda":
+            return f"cuda ({torch.cuda.get_device_name(self.torch_device)})"
+        return self.torch_device.type
+
+    @property
+    def waiting(self) -> int:
+        """Calls of ``run`` that wait for the device."""
+        return self._limiter.statistics().tasks_waiting
+
+    async def run(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """Call ``function(*arguments)`` in a worker thread when it is its turn.
+
+        While it waits for its turn it can be cancelled. Once it runs it cannot: a forward is never left half-way, so
+        the caller's cancellation takes effect when it is done.
+        """
+        return await trio.to_thread.run_sync(function, *arguments, limiter=self._limiter, abandon_on_cancel=False)
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
