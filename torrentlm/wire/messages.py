@@ -111,10 +111,18 @@ class Contact:
         return Endpoint(self.host, self.port)
 
 
-NextHop = Contact
-"""The contact that a holder sends its results on to."""
+@dataclass(frozen=True, slots=True)
+class NextHop(Contact):
+    """The contact that a holder sends its results on to, and the session's handle there.
+
+    Each hop has a handle of its own: one node may run two hops of a route, and knowing one handle is no key to another.
+    """
+
+    session: Annotated[SessionId, Bytes(16)]
+
 
 _contact = Struct(Contact)
+_next_hop = Struct(NextHop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +155,7 @@ class Open:
     first: Block
     last: Block
     prev: Annotated[tuple[NodeKey, ...], Array(Bytes(32), 16)]
-    next: Annotated[Contact | None, Optional(_contact)]
+    next: Annotated[NextHop | None, Optional(_next_hop)]
     batch: Annotated[int, Int(1, MAX_BATCH)]
     max_length: Annotated[int, Int(1, MAX_TOKENS)]
     lease_ms: Annotated[int, Int(1, 86_400_000)]

@@ -27,6 +27,7 @@ from torrentlm.wire.messages import (
     Generate,
     Halt,
     Message,
+    NextHop,
     Open,
     Output,
     Peers,
@@ -155,7 +156,7 @@ def test_a_field_of_another_type_never_crashes(message: Message, data: st.DataOb
         Record(PeerRecord(NODE, bytes(32), 1, held=(Span(0, 65536),))),
         Record(PeerRecord(NODE, bytes(32), 1, held=(Span(0, 1),) * 257)),
         Output(SESSION, 0, 0, (), tree=["x" * 200] * 100),  # the header would be too long
-        Contact(NODE, "host", 1),
+        NextHop(NODE, "host", 1, SESSION),
     ],
     ids=repr,
 )
@@ -332,7 +333,7 @@ def test_the_smallest_header_lists_fit() -> None:
             0,
             1,
             (NODE,) * 16,
-            Contact(NODE, "h" * 255, 1),
+            NextHop(NODE, "h" * 255, 1, SESSION),
             256,
             1,
             1,
