@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import trio
 
@@ -32,6 +32,28 @@ if TYPE_CHECKING:
 
 Hear = Callable[[str], None]
 OnEvent = Callable[[dict[str, Any]], None]
+
+
+class How(TypedDict, total=False):
+    """How to generate. Temperature 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stop: Sequence[str]
+
+
+def _options(how: How) -> Options:
+    sampling = {name: value for name, value in how.items() if name not in ("max_new_tokens", "stop")}
+    return Options(
+        max_new_tokens=how.get("max_new_tokens", Options().max_new_tokens),
+        sampling=Sampling(**sampling),  # type: ignore[arg-type]
+        stop=Stop(strings=tuple(how.get("stop", ()))),
+    )
 
 
 def serve(settings: Settings, *, on_event: OnEvent, stop: threading.Event) -> None:
@@ -93,38 +115,26 @@ class Model:
         self._portal.close()
 
     @overload
-    def generate(self, prompt: str, *, stream: Literal[False] = False, **options: Any) -> str: ...
-    @overload
-    def generate(self, prompt: str, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
     def generate(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        chat: bool = False,
-        stream: bool = False,
+        self, prompt: str, *, chat: bool = False, stream: Literal[False] = False, **options: Unpack[How]
+    ) -> str: ...
+    @overload
+    def generate(
+        self, prompt: str, *, chat: bool = False, stream: Literal[True], **options: Unpack[How]
+    ) -> Iterator[str]: ...
+    def generate(
+        self, prompt: str, *, chat: bool = False, stream: bool = False, **options: Unpack[How]
     ) -> str | Iterator[str]:
-        """Continue ``prompt``, or with ``chat`` answer it through the model's chat template.
+        """Continue ``prompt``, or with ``chat`` answer it through the model's chat template; options as in :class:`How`.
 
         ``stream`` gives an iterator over pieces of text; leaving it early stops the holders. :attr:`last` has the
-        figures. Temperature 0 is greedy; with a seed the same call gives the same tokens whatever the route.
+        figures. With a seed the same call gives the same tokens whatever the route.
         Raises RefusedError (too long, …), NoHolderError, HolderLostError.
         """
-        options = Options(
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
-            stop=Stop(strings=tuple(stop)),
-        )
+        asked = _options(options)
 
         async def work(emit: Hear) -> None:
-            self.last = await self._client.model.generate(prompt, options, chat=chat, emit=emit)
+            self.last = await self._client.model.generate(prompt, asked, chat=chat, emit=emit)
 
         pieces = self._portal.stream(work)
         return pieces if stream else "".join(pieces)
@@ -179,25 +189,12 @@ class Chat:
         """The messages so far, ``{"role": …, "content": …}`` each."""
         return list(self._session.context.messages)
 
-    def send(
-        self,
-        text: str,
-        *,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-    ) -> Iterator[str]:
-        """Answer ``text`` in pieces. Leaving the iterator early stops the answer; what came of it stays in the
-        history.
-        """
-        options = Options(max_new_tokens, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed))
+    def send(self, text: str, **options: Unpack[How]) -> Iterator[str]:
+        """Answer ``text`` in pieces. Leaving the iterator early stops the answer; what came of it stays in the history."""
+        asked = _options(options)
 
         async def work(emit: Hear) -> None:
-            self._model.last = await self._session.ask(text, options, emit)
+            self._model.last = await self._session.ask(text, asked, emit)
 
         return self._portal.stream(work)
 
@@ -249,8 +246,7 @@ class Session:
         HolderLostError.
         """
         want = Want.LOGITS_LAST if last_only else Want.LOGITS_ALL
-        tensor = self._portal.run(lambda: self._steps.step(ids, position, want, reorder))
-        return unpack(tensor.dtype, tensor.shape, tensor.data)
+        return unpack(self._portal.run(lambda: self._steps.step(ids, position, want, reorder)))
 
     def close(self) -> None:
         """Free what the holders keep for it."""

@@ -16,7 +16,8 @@ from torrentlm.client.session import Links, RemoteSession, open_session
 from torrentlm.errors import RefusedError
 from torrentlm.records import Stop
 from torrentlm.route.plan import Hop
-from torrentlm.wire.messages import Tensor, Want
+from torrentlm.wire.messages import Want
+from torrentlm.wire.tensors import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ back, reorder rows.
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import trio
 from torrentlm.errors import HolderLostError, LocalProtocolError, NetworkError, RefusedError, RemoteProtocolError
 from torrentlm.records import NodeKey, Sampling, SessionId, Stop
 from torrentlm.route.plan import Hop
+from torrentlm.wire.ids import ids_tensor
 from torrentlm.wire.messages import (
     Close,
     Fail,
@@ -29,10 +30,10 @@ from torrentlm.wire.messages import (
     Output,
     Renew,
     Step,
-    Tensor,
     Token,
     Want,
 )
+from torrentlm.wire.tensors import Tensor
 
 OPEN_TIMEOUT_S = 20.0
 SILENCE_LIMIT_S = 60.0
@@ -187,7 +188,7 @@ class RemoteSession:
         sampling: Sampling,
         stop: Stop,
         history: Sequence[Sequence[int]] | None = None,
-    ) -> AsyncIterator[Token]:
+    ) -> AsyncGenerator[Token, None]:
         """Feed ``rows`` (B × n token ids) at ``position`` (default: the end) and yield tokens until the head stops.
 
         ``history`` are all ids before the first new token, per row; they go to the head's holder only, and only if
@@ -206,7 +207,7 @@ class RemoteSession:
             )
         past = None
         if sampling.repetition_penalty != 1.0 and history is not None:
-            past = Tensor.ids(history)
+            past = ids_tensor(history)
         self.length = start
         self._running = True
         try:
@@ -214,7 +215,7 @@ class RemoteSession:
             await self._send(last, Generate(self._handles[last], epoch, end - 1, max_new_tokens, sampling, stop, past))
             for offset in range(0, count, PREFILL_CHUNK):
                 chunk = [row[offset : offset + PREFILL_CHUNK] for row in rows]
-                await self._send(0, self._step(epoch, start + offset, end - 1, Want.SAMPLE, Tensor.ids(chunk)))
+                await self._send(0, self._step(epoch, start + offset, end - 1, Want.SAMPLE, ids_tensor(chunk)))
             while True:
                 token = await self._await_token(epoch)
                 self.length = token.position
@@ -284,7 +285,7 @@ class RemoteSession:
         await self._send(
             0,
             self._step(
-                self._epoch, start, start, want, Tensor.ids(rows), tuple(reorder) if reorder is not None else None
+                self._epoch, start, start, want, ids_tensor(rows), tuple(reorder) if reorder is not None else None
             ),
         )
         with trio.move_on_after(SILENCE_LIMIT_S):

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torrentlm.compute.border import from_wire, to_wire
+from torrentlm.compute.border import Logits, from_wire, to_wire
 from torrentlm.errors import RefusedError
 from torrentlm.holder.head import Emission, HeadRun
 from torrentlm.holder.model import HeldModel
 from torrentlm.records import Span
-from torrentlm.wire.messages import Generate, Open, Step, Tensor, Want
+from torrentlm.wire.ids import extent_of, ids_tensor
+from torrentlm.wire.messages import Generate, Open, Step, Want
+from torrentlm.wire.tensors import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +34,14 @@ class Result:
 class Execution:
     """Raises RefusedError from the constructor if the span or the length cannot be served."""
 
-    def __init__(self, model: HeldModel, span: Span, opened: Open) -> None:
+    def __init__(self, model: HeldModel, opened: Open) -> None:
         limit = model.max_length
         if limit is not None and opened.max_length > limit:
             raise RefusedError(
                 f"a session of {opened.max_length} tokens was asked for, but this model ends at {limit}: ask for fewer",
                 "max_length",
             )
-        self.span = span
+        self.span = span = Span(opened.first, opened.last)
         self._model = model
         self._runner = model.runner(span)
         self._batch = opened.batch
@@ -62,7 +64,7 @@ class Execution:
         return self._emits(step) and (self._order is None or self._order.epoch < step.epoch)
 
     def _emits(self, step: Step) -> bool:
-        return self.is_head and step.want == Want.SAMPLE and step.position + step.extent[1] > step.emit_from
+        return self.is_head and step.want == Want.SAMPLE and step.position + extent_of(step)[1] > step.emit_from
 
     def run(self, step: Step) -> Result:
         """Run one step. Raises RefusedError or RemoteProtocolError if its tensors cannot be this span's input."""
@@ -73,17 +75,16 @@ class Execution:
             raise RefusedError(f"this session's cache ends at {self._cache.length}", "bad_request")
         if step.reorder is not None:
             runner.reorder(self._cache, step.reorder)
-        given = from_wire(step.tensors, step.tree, runner.expects(self._batch, step.extent[1]))
+        given = from_wire(step.tensors, step.tree, runner.expects(self._batch, extent_of(step)[1]))
         emits = self._emits(step)
         want = Want.LOGITS_LAST if emits else Want.NONE if step.want == Want.SAMPLE else step.want
         result = runner.forward(self._cache, given, want=want)
         if not self.is_head:
             tensors, tree = to_wire(result)
             return Result(output=tensors) if step.want == Want.HIDDEN else Result(border=(tensors, tree))
-        if emits:
-            emission = self._run_of(step.epoch).emit(result.logits, step.position + step.extent[1])
-            ids = [[token] for token in emission.tokens]
-            return Result(emission=emission, fed=Tensor.ids(ids))
+        if isinstance(result, Logits) and emits:
+            emission = self._run_of(step.epoch).emit(result.logits, step.position + extent_of(step)[1])
+            return Result(emission=emission, fed=ids_tensor([[token] for token in emission.tokens]))
         if step.want == Want.NONE or step.want == Want.SAMPLE:
             return Result()
         return Result(output=to_wire(result)[0])

@@ -18,7 +18,8 @@ from torrentlm.errors import NetworkError, RefusedError, TorrentLMError
 from torrentlm.holder.execution import Execution, Result
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.session import Session
-from torrentlm.records import NodeKey, SessionId, Span
+from torrentlm.records import NodeKey, SessionId
+from torrentlm.wire.ids import extent_of
 from torrentlm.wire.messages import (
     Close,
     Fail,
@@ -118,8 +119,9 @@ class Holder:
     async def handle(self, sender: NodeKey, message: Message) -> None:
         """Take one message of ``sender``, an authenticated peer or this node itself."""
         match message:
-            case Open():
-                await self._open(sender, message)
+            case Open() if self._nursery is not None:
+                # A task of its own: a span that no route used before is built in a thread first.
+                self._nursery.start_soon(self._open, sender, message)
             case Step():
                 await self._step(sender, message)
             case Generate() if live := self._of_client(sender, message.session):
@@ -152,7 +154,11 @@ class Holder:
 
     async def _open(self, sender: NodeKey, message: Open) -> None:
         try:
-            live = self._admit_session(sender, message)
+            model = self._models.get(message.model)
+            if model is None:
+                raise RefusedError("this peer holds no block of that model", "wrong_model")
+            execution = await trio.to_thread.run_sync(Execution, model, message)
+            live = self._admit_session(sender, message, execution)
         except TorrentLMError as error:
             code = error.code if isinstance(error, RefusedError) else "internal"
             await self._tell(sender, Fail(message.session, message.epoch, code, str(error), None), message.session)
@@ -161,17 +167,13 @@ class Holder:
             self._nursery.start_soon(self._dial_ahead, message.next)
         await self._tell(sender, Opened(message.session, message.epoch, live.kv_bytes), message.session)
 
-    def _admit_session(self, client: NodeKey, message: Open) -> _Live:
+    def _admit_session(self, client: NodeKey, message: Open, execution: Execution) -> _Live:
         if self._nursery is None:
             raise RefusedError("this holder is shutting down", "busy")
-        model = self._models.get(message.model)
-        if model is None:
-            raise RefusedError("this peer holds no block of that model", "wrong_model")
         if message.session in self._live:
             raise RefusedError("this session is open already", "bad_request")
         if len(self._live) >= MAX_SESSIONS:
             raise RefusedError(f"this holder serves {MAX_SESSIONS} sessions already: try again later", "busy")
-        execution = Execution(model, Span(message.first, message.last), message)
         if self.kv_bytes + execution.kv_bytes > self._kv_budget:
             free = max(0, self._kv_budget - self.kv_bytes)
             raise RefusedError(
@@ -216,7 +218,7 @@ class Holder:
                 step.session,
             )
             return
-        rows, tokens = step.extent
+        rows, tokens = extent_of(step)
         try:
             if live.session.admit(sender, step.epoch, step.position, tokens, rows):
                 live.queue.send_nowait(step)
@@ -277,6 +279,7 @@ class Holder:
 
     async def _deliver(self, live: _Live, step: Step, result: Result) -> None:
         session, hop = live.session, live.session.next
+        after = step.position + extent_of(step)[1]
         if result.emission is not None:
             emission = result.emission
             if emission.finish is not None:
@@ -287,9 +290,10 @@ class Holder:
                     Step(
                         session=hop.session,
                         epoch=step.epoch,
-                        position=step.position + step.extent[1],
+                        position=after,
                         emit_from=step.emit_from,
                         want=Want.SAMPLE,
+                        reorder=None,
                         tensors=(result.fed,),
                     )
                     if emission.finish is None and result.fed is not None
@@ -299,7 +303,7 @@ class Holder:
             token = Token(
                 session.id,
                 step.epoch,
-                step.position + step.extent[1],
+                after,
                 emission.index,
                 emission.tokens,
                 emission.finish,

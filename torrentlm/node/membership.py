@@ -135,9 +135,16 @@ class Membership:
         paths = {file.name: self._parts.store.path(file.name) for file in files}
         self._parts.say({"event": "progress", "what": "loading", "done": 0, "total": 1, "rate": 0})
         return await trio.to_thread.run_sync(
-            HeldModel.load, self.id, self.manifest, self.folder, paths, span, self._parts.config.precision, device
+            HeldModel,
+            self.id,
+            self.manifest,
+            self.folder,
+            paths,
+            span,
+            self._parts.config.precision,
+            device.torch_device,
         )
 
-    def serve(self, model: HeldModel) -> None:
+    def serve(self, model: HeldModel, device: Device) -> None:
         """Tell everybody that ``model``'s span is resident here."""
-        self.peers.publish(resident=(model.span,), claimed=(), precision=model.precision, device=model.device_name)
+        self.peers.publish(resident=(model.span,), claimed=(), precision=model.precision, device=device.name[:64])

@@ -29,7 +29,7 @@ from torrentlm.structured import single_error
 from torrentlm.swarm.session import Swarm
 from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP
 from torrentlm.swarm.store import Store
-from torrentlm.wire.messages import Message, NextHop, Peers, Record
+from torrentlm.wire.messages import Fail, Message, NextHop, Opened, Output, Peers, Record, Token
 
 
 class Node:
@@ -64,7 +64,7 @@ class Node:
         if span is not None:
             model = await membership.hold(span, self.device)
             self.holder.hold(model)
-            membership.serve(model)
+            membership.serve(model, self.device)
 
     # -- Outbox and Links
 
@@ -132,15 +132,13 @@ class Node:
             for membership in self.memberships.values():
                 membership.peers.hear(sender, message)
             return
-        handle = getattr(message, "session", None)
-        inbox = self._listeners.get(handle) if handle is not None else None
-        if inbox is None or not message.to_client:
-            await self.holder.handle(sender, message)
+        if isinstance(message, Opened | Token | Output | Fail) and (inbox := self._listeners.get(message.session)):
+            try:
+                inbox.send_nowait(message)
+            except (trio.WouldBlock, trio.BrokenResourceError):
+                self._listeners.pop(message.session)  # a client that does not read loses its tokens, nobody else's
             return
-        try:
-            inbox.send_nowait(message)
-        except (trio.WouldBlock, trio.BrokenResourceError):
-            self._listeners.pop(handle, None)  # a client that does not read its tokens loses them, nobody else's
+        await self.holder.handle(sender, message)
 
     def _sessions_changed(self) -> None:
         for membership in self.memberships.values():

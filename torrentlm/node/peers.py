@@ -18,7 +18,7 @@ from torrentlm.node.parts import Parts
 from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord
 from torrentlm.route.registry import Registry, Snapshot
 from torrentlm.swarm.discovery import Discovery, Source
-from torrentlm.wire.messages import Message, PeerEntry, Peers, Record
+from torrentlm.wire.messages import Contact, Message, Peers, Record
 
 MEET_EVERY_S = 0.25
 MEET_AT_ONCE = 16
@@ -85,9 +85,9 @@ class ModelPeers:
         if entries := self._gossip(pipe.peer):
             await pipe.send(Peers(entries))
 
-    def _gossip(self, to: NodeKey) -> tuple[PeerEntry, ...]:
+    def _gossip(self, to: NodeKey) -> tuple[Contact, ...]:
         others = (candidate for candidate in self.snapshot().candidates if candidate.node != to)
-        return tuple(PeerEntry(other.node, other.endpoint.host, other.endpoint.port) for other in others)[:MAX_GOSSIP]
+        return tuple(Contact(other.node, other.endpoint.host, other.endpoint.port) for other in others)[:MAX_GOSSIP]
 
     def parted(self, node: NodeKey) -> None:
         self.registry.disconnected(node)

@@ -68,11 +68,12 @@ def plan_route(snapshot: Snapshot, blocks: int) -> tuple[Hop, ...] | Missing:
         best.append(states)
 
     chosen: list[int] = []
-    index: int | None = min(best[-1], key=lambda i: (best[-1][i][0], i))
+    state: int | None = min(best[-1], key=lambda i: (best[-1][i][0], i))
     for states in reversed(best):
-        assert index is not None  # noqa: S101  every state after the first has a predecessor
-        chosen.append(index)
-        index = states[index][1]
+        if state is None:
+            break  # only the first block's states have no predecessor
+        chosen.append(state)
+        state = states[state][1]
     chosen.reverse()
     return _merge(chosen, candidates)
 
