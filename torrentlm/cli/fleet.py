@@ -23,6 +23,7 @@ from typing import Any
 from torrentlm.cli.parent import VARIABLE
 from torrentlm.errors import HolderLostError
 
+PROGRAM = (sys.executable, "-m", "torrentlm", "seed")
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 8.0
 """How long processes have to stop by themselves before they are killed."""
@@ -82,7 +83,7 @@ class Fleet:
         self._logs.mkdir(parents=True, exist_ok=True)
         with held_back(), self._log(name).open("wb") as log:
             process = subprocess.Popen(  # noqa: S603  # this very program
-                [sys.executable, "-m", "torrentlm", "seed", *arguments, "--json"],
+                [*PROGRAM, *arguments, "--json"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

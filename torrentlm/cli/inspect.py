@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torrentlm.cli.engine import prepare, waiting
 from torrentlm.cli.options import client_options, settings_of
 from torrentlm.errors import ArtifactError
 
-SHOWN_TENSORS = 40
+SHOWN_ROWS = 64
+SHOWN_DIGITS = 10
+_HASH = re.compile("[0-9a-f]{40,}")
 
 
 @click.command(short_help="Show blocks, sizes, hashes, tensors and holders.")
@@ -95,11 +98,16 @@ def _show(found: dict[str, Any]) -> None:
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
             columns = list(dict.fromkeys(column for row in rows for column in row))
             table = Table(*columns, title=name, title_justify="left", box=None)
-            for row in rows[:SHOWN_TENSORS]:
-                table.add_row(*(_cell(column, row.get(column)) for column in columns))
+            for row in rows[:SHOWN_ROWS]:
+                table.add_row(*(_short(_cell(column, row.get(column))) for column in columns))
             console.print(table)
-            if len(rows) > SHOWN_TENSORS:
-                console.print(f"and {len(rows) - SHOWN_TENSORS} more; --json shows all")
+            if len(rows) > SHOWN_ROWS:
+                console.print(f"and {len(rows) - SHOWN_ROWS} more; --json shows all")
+
+
+def _short(cell: str) -> str:
+    """Hashes cut to their first digits, so that a row stays a line; --json has them whole."""
+    return _HASH.sub(lambda found: found[0][:SHOWN_DIGITS] + "…", cell)
 
 
 def _cell(name: str, value: Any) -> str:

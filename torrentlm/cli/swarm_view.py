@@ -45,14 +45,22 @@ class SwarmView:
             else:
                 self.peers.pop(str(event.get("peer")), None)
 
+    def _step(self) -> tuple[str, int]:
+        """What of a progress is worth a line of its own: the kind of work, and each tenth of it."""
+        return self.what.partition(" ")[0], self.done * 10 // self.total if self.total else -1
+
     def line_for(self, event: dict[str, Any]) -> str | None:
         """Apply ``event`` and say it in one line; None if it is worth none (progress only at each tenth)."""
-        before = (self.what, _tenth(self.done, self.total))
+        before = self._step()
         self.apply(event)
         match event.get("event"):
             case "published":
                 return f"Published {self.name}: {self.magnet}"
-            case "progress" if before != (self.what, _tenth(self.done, self.total)):
+            case "starting":
+                return f"Listening on port {self.port}"
+            case "joined":
+                return f"Joined {self.name}: {text.count(self.blocks_total, 'block')}"
+            case "progress" if before != self._step():
                 of_all = f": {text.size(self.done)} of {text.size(self.total)}" if self.total > 1 else ""
                 return f"{self.what.capitalize()}{of_all}"
             case "ready":
@@ -65,7 +73,3 @@ class SwarmView:
             case "stopped":
                 return "Stopped"
         return None
-
-
-def _tenth(done: int, total: int) -> int:
-    return done * 10 // total if total else -1

@@ -1,0 +1,105 @@
+"""What `torrentlm seed` shows, from events alone."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from torrentlm.cli import seed, text
+from torrentlm.cli.live import live_view, render
+from torrentlm.cli.swarm_view import SwarmView
+
+EVENTS = [
+    {"event": "progress", "what": "publishing block 0", "done": 0, "total": 100},
+    {"event": "progress", "what": "publishing block 1", "done": 1, "total": 100},
+    {"event": "published", "name": "Tiny", "magnet": "magnet:?xt=1"},
+    {"event": "starting", "name": "Tiny", "magnet": "magnet:?xt=1", "port": 7000},
+    {"event": "joined", "name": "Tiny", "blocks_total": 32},
+    {"event": "progress", "what": "fetching", "done": 0, "total": 200_000_000, "rate": 0},
+    {"event": "progress", "what": "fetching", "done": 1_000_000, "total": 200_000_000, "rate": 5_000_000},
+    {"event": "progress", "what": "fetching", "done": 100_000_000, "total": 200_000_000, "rate": 5_000_000},
+    {"event": "progress", "what": "loading", "done": 0, "total": 1, "rate": 0},
+    {"event": "ready", "magnet": "magnet:?xt=1", "port": 7000, "blocks": [0, 1, 2, 7], "blocks_total": 32},
+    {"event": "peer", "peer": "127.0.0.1:1", "connected": True, "blocks": [3]},
+    {"event": "session", "state": "open", "sessions": 1},
+    {"event": "rates", "download": 1.5e6, "upload": 2e3},
+    {"event": "peer", "peer": "127.0.0.1:1", "connected": False},
+    {"event": "from a later version", "port": 7000},
+    {"event": "stopped"},
+]
+
+
+def test_lines_say_each_thing_once():
+    view = SwarmView()
+    assert [line for event in EVENTS if (line := view.line_for(event))] == [
+        "Publishing block 0: 0 B of 100 B",
+        "Published Tiny: magnet:?xt=1",
+        "Listening on port 7000",
+        "Joined Tiny: 32 blocks",
+        "Fetching: 0 B of 200 MB",
+        "Fetching: 100 MB of 200 MB",
+        "Loading",
+        "Ready on port 7000 with blocks 0-2, 7: magnet:?xt=1",
+        "Peer 127.0.0.1:1 has block 3",
+        "Session open; 1 session now",
+        "Peer 127.0.0.1:1 left",
+        "Stopped",
+    ]
+
+
+def shown(view: SwarmView) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render(view))
+    return console.file.getvalue()
+
+
+def test_the_display_follows():
+    view = SwarmView()
+    assert "starting" in shown(view)
+    for event in EVENTS[:8]:
+        view.apply(event)
+    assert "the model has 32" in shown(view)
+    assert "fetching" in shown(view) and "100 MB of 200 MB" in shown(view) and "5 MB/s" in shown(view)
+    for event in EVENTS[8:13]:
+        view.apply(event)
+    for part in ("Tiny", "port 7000", "serving blocks 0-2, 7 of 32", "127.0.0.1:1  block 3", "↓ 1.5 MB/s", "↑ 2 kB/s"):
+        assert part in shown(view)
+    assert "fetching" not in shown(view)
+    view.apply(EVENTS[13])
+    assert "none yet" in shown(view)
+
+
+def test_many_peers_do_not_fill_the_screen():
+    view = SwarmView(peers={f"10.0.0.{number}:1": "block 1" for number in range(100)})
+    assert "and 88 more" in shown(view)
+
+
+def test_live_prints_the_magnet_in_one_piece_and_once():
+    output = io.StringIO()
+    magnet = "magnet:?xt=urn:btih:" + "ab" * 20 + "&dn=[bold]" + "x" * 100
+    with live_view(Console(file=output, width=60, force_terminal=True)) as show:
+        show({"event": "published", "magnet": magnet})
+        show({"event": "ready", "magnet": magnet, "port": 1, "blocks": []})
+    assert output.getvalue().count(magnet) == 1
+
+
+def test_json_is_one_object_per_line(capsys: pytest.CaptureFixture[str]):
+    with seed._view(as_json=True) as show:
+        for event in EVENTS:
+            show(event)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == EVENTS
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (141_900_000, "142 MB"), (999_700, "1 MB"), (5e13, "50 TB")],
+)
+def test_sizes_as_text(number: float, said: str):
+    assert text.size(number) == said
+
+
+def test_blocks_as_text():
+    assert [text.blocks(blocks) for blocks in ([], [3], [2, 1, 0, 7])] == ["no blocks", "block 3", "blocks 0-2, 7"]
