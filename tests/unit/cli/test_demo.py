@@ -55,9 +55,9 @@ def test_the_recipe_of_an_installation(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_one_demo_at_a_time_in_a_folder(tmp_path: Path):
-    with demo._alone_in(tmp_path / "new"):
-        with pytest.raises(StorageError, match="Another demo runs"), demo._alone_in(tmp_path / "new"):
-            pass
+    first, second = demo._alone_in(tmp_path / "new"), demo._alone_in(tmp_path / "new")
+    with first, pytest.raises(StorageError, match="Another demo runs"), second:
+        pass
     with demo._alone_in(tmp_path / "new"):
         pass
 
