@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from torrentlm.cli import text
-from torrentlm.cli.engine import prepare, waiting
+from torrentlm.cli.engine import Patience, prepare, waiting
 from torrentlm.cli.options import SAMPLING, client_options, model_argument, sampling_options, settings_of
 from torrentlm.errors import TorrentLMError
 
@@ -45,7 +45,7 @@ def command(model: str, system: str | None, **options: Any) -> None:
     from torrentlm.api import connect
 
     with waiting("Looking for holders …"):
-        connection = connect(model, settings=settings)
+        connection = connect(model, settings=settings, on_event=Patience())
     with connection as swarm:
         Conversation(swarm, how, system=system).run()
 
@@ -162,5 +162,4 @@ def figures(result: GenerationResult) -> str:
 
 def route_lines(hops: tuple[RouteHop, ...]) -> str:
     """One line a hop: ``127.0.0.1:6881  blocks 0-10``."""
-    width = max((len(hop.peer) for hop in hops), default=0)
-    return "\n".join(f"{hop.peer:<{width}}  {text.blocks(range(hop.first, hop.last + 1))}" for hop in hops)
+    return text.table([[hop.peer, text.blocks(range(hop.first, hop.last + 1))] for hop in hops])

@@ -139,10 +139,9 @@ class Demo:
 
     def who_holds_what(self) -> str:
         """One line a holder."""
-        return "\n".join(
-            f"{name}  {endpoint_of(event)}  {text.blocks(event['blocks'])}"
-            for name, event in self.ready.items()
-            if name != "publisher"
+        holders = [(name, event) for name, event in self.ready.items() if name != "publisher"]
+        return text.table(
+            [[name, str(endpoint_of(event)), text.blocks(event["blocks"])] for name, event in sorted(holders)]
         )
 
 

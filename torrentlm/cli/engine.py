@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
+
+import click
 
 from torrentlm.config import Settings
 
@@ -26,3 +29,16 @@ def waiting(message: str) -> Iterator[None]:
 
     with Console(stderr=True).status(message):
         yield
+
+
+class Patience:
+    """Takes a client's events and says on a terminal's stderr what it waits for, each reason once in a row."""
+
+    def __init__(self) -> None:
+        self._said = ""
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        why = str(event.get("why", ""))
+        if event.get("event") == "waiting" and why != self._said and sys.stderr.isatty():
+            self._said = why
+            click.secho(f"({why})", err=True, dim=True)

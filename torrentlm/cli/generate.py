@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from torrentlm.cli.engine import prepare, waiting
+from torrentlm.cli.engine import Patience, prepare, waiting
 from torrentlm.cli.options import SAMPLING, client_options, model_argument, sampling_options, settings_of
 
 MAX_PROMPT = 4 << 20
@@ -35,7 +35,7 @@ def command(model: str, prompt: str, chat: bool, stop: tuple[str, ...], as_json:
     from torrentlm.api import connect
 
     with waiting("Looking for holders …"):
-        connection = connect(model, settings=settings)
+        connection = connect(model, settings=settings, on_event=Patience())
     with connection as swarm:
         if as_json:
             swarm.generate(prompt, **how)

@@ -14,7 +14,8 @@ from torrentlm.cli.engine import prepare, waiting
 from torrentlm.cli.options import client_options, settings_of
 from torrentlm.errors import ArtifactError
 
-SHOWN_ROWS = 64
+LEFT_OUT = ("files",)
+"""Columns for scripts alone: a block's files are named by their hashes."""
 SHOWN_DIGITS = 10
 _HASH = re.compile("[0-9a-f]{40,}")
 
@@ -85,24 +86,14 @@ def _tensors_beside(path: Path, name: str, size: int) -> list[dict[str, Any]] | 
 
 
 def _show(found: dict[str, Any]) -> None:
-    """Plain values first, a table for each list after them."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    width = max(len(name) for name in found)
-    for name, value in found.items():
-        if not isinstance(value, list | dict):
-            console.print(f"{name.replace('_', ' '):<{width}}  {_cell(name, value)}")
+    """Plain values first, then a table for each list; lines stay whole, so that they can be copied and searched."""
+    plain = {name: value for name, value in found.items() if not isinstance(value, list | dict)}
+    click.echo(text.table([[name.replace("_", " "), _cell(name, value)] for name, value in plain.items()]))
     for name, rows in found.items():
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-            columns = list(dict.fromkeys(column for row in rows for column in row))
-            table = Table(*columns, title=name, title_justify="left", box=None)
-            for row in rows[:SHOWN_ROWS]:
-                table.add_row(*(_short(_cell(column, row.get(column))) for column in columns))
-            console.print(table)
-            if len(rows) > SHOWN_ROWS:
-                console.print(f"and {len(rows) - SHOWN_ROWS} more; --json shows all")
+            columns = [column for column in rows[0] if column not in LEFT_OUT]
+            cells = [[_short(_cell(column, row.get(column))) for column in columns] for row in rows]
+            click.echo(f"\n{name}\n" + text.table([columns, *cells]))
 
 
 def _short(cell: str) -> str:

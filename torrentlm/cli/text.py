@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torrentlm.records import spans_of
 
@@ -30,3 +30,10 @@ def blocks(numbers: Iterable[int]) -> str:
     if not numbers:
         return "no blocks"
     return f"{'block' if len(numbers) == 1 else 'blocks'} {', '.join(map(str, spans_of(numbers)))}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as lines with aligned columns, cut nowhere."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)

@@ -104,7 +104,9 @@ def install() -> list[Model]:
     """Put the stand-in where the subcommands import from; returns the list of models that they connect to."""
     models: list[Model] = []
 
-    def connect(target: str, *, settings: Any) -> Model:
+    def connect(target: str, *, settings: Any, on_event: Any = None) -> Model:
+        if on_event is not None:
+            on_event({"event": "waiting", "why": "no peer yet"})
         models.append(Model(target, settings))
         return models[-1]
 

@@ -153,6 +153,7 @@ class Terminal:
 def terminal() -> Iterator[Terminal]:
     terminal = Terminal(sys.executable, "-m", "tests.unit.cli.fake_engine", "chat", MAGNET)
     with contextlib.closing(terminal):
+        terminal.wait_for("(no peer yet)")
         terminal.wait_for("/quit leaves.")
         terminal.wait_for("> ")
         yield terminal
