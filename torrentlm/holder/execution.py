@@ -95,7 +95,5 @@ class Execution:
             raise RefusedError("the head was told to sample in another epoch", "bad_request")
         if self._head_run is None or self._head_run.order is not order:
             tokenizer = self._model.tokenizer if order.stop.strings else None
-            self._head_run = HeadRun(
-                order, batch=self._batch, max_length=self._max_length, tokenizer=tokenizer, filler=self._model.filler
-            )
+            self._head_run = HeadRun(order, batch=self._batch, max_length=self._max_length, tokenizer=tokenizer)
         return self._head_run

@@ -31,11 +31,12 @@ class HeadRun:
     """One generation (one epoch of one session) at the head."""
 
     def __init__(
-        self, order: Generate, *, batch: int, max_length: int, tokenizer: PreTrainedTokenizerBase | None, filler: int
+        self, order: Generate, *, batch: int, max_length: int, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
         self.order = order
         self._max_length = max_length
-        self._filler = filler
+        # What a row that has ended is fed while the others go on; nobody reads what comes of it.
+        self._filler = next(iter(order.stop.tokens), 0)
         self._sampler = Sampler(order.sampling, batch=batch)
         if order.history is not None:
             self._sampler.seen(order.history)

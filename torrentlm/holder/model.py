@@ -14,7 +14,7 @@ from torrentlm.compute.border import DTYPES
 from torrentlm.compute.skeleton import read_config
 from torrentlm.compute.span import SpanRunner
 from torrentlm.compute.split import Split, analyse
-from torrentlm.compute.tokenizer import load_tokenizer, stop_tokens
+from torrentlm.compute.tokenizer import load_tokenizer
 from torrentlm.errors import RefusedError
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.records import Span
@@ -68,11 +68,6 @@ class HeldModel:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self._folder)
-
-    @cached_property
-    def filler(self) -> int:
-        """What a row that has ended is fed while the others go on; nobody reads what comes of it."""
-        return next(iter(stop_tokens(self._folder, self.tokenizer)), 0)
 
     def runner(self, span: Span) -> SpanRunner:
         """What runs ``span``. Raises RefusedError if it is not all here."""
