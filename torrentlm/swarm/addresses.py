@@ -15,6 +15,11 @@ _LOOKUP_TIMEOUT = 5.0
 _MAX_ADDRESSES = 4
 
 
+def loopback_only() -> bool:
+    """Whether this process was told to stay on this machine (``TORRENTLM_LOOPBACK_ONLY=1``)."""
+    return os.environ.get("TORRENTLM_LOOPBACK_ONLY") == "1"
+
+
 def is_address(host: str) -> bool:
     """Whether ``host`` is an IP address and no name."""
     try:
@@ -27,7 +32,7 @@ def is_address(host: str) -> bool:
 async def resolve(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
     """The endpoints with names replaced by addresses, all looked up at once; names that do not resolve are left out.
 
-    With TORRENTLM_LOOPBACK_ONLY=1 no name but ``localhost`` is looked up.
+    ``loopback_only``: no name but ``localhost`` is looked up.
     """
     found: dict[Endpoint, list[Endpoint]] = {endpoint: [] for endpoint in endpoints}
 
@@ -44,7 +49,7 @@ async def resolve(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
 async def _look_up(endpoint: Endpoint) -> list[Endpoint]:
     if is_address(endpoint.host):
         return [endpoint]
-    if os.environ.get("TORRENTLM_LOOPBACK_ONLY") == "1" and not endpoint.is_loopback:
+    if loopback_only() and not endpoint.is_loopback:
         return []
     try:
         entries = await trio.socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)

@@ -13,7 +13,7 @@ import trio
 
 from torrentlm.errors import NetworkError, RemoteProtocolError
 from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord
-from torrentlm.swarm.addresses import resolve
+from torrentlm.swarm.addresses import is_address, resolve
 from torrentlm.swarm.alerts import Alert, AlertPump, item_key, peers_key, put_key
 from torrentlm.swarm.identity import Identity
 from torrentlm.swarm.item import decode_record, encode_record, salt_of
@@ -73,8 +73,9 @@ class Dht:
     # -- the routing table
 
     def add_node(self, endpoint: Endpoint) -> None:
-        """Make the DHT node at this address (UDP) known; the DHT decides whether it is worth keeping."""
-        self._session.add_dht_node((endpoint.host, endpoint.port))
+        """Make the DHT node at this address (UDP) known, if it is one; host names are passed over."""
+        if is_address(endpoint.host):
+            self._session.add_dht_node((endpoint.host, endpoint.port))
 
     async def state(self) -> DhtState:
         """What the DHT knows and does right now."""

@@ -12,6 +12,7 @@ import trio
 from torrentlm.errors import ArtifactError
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.records import Endpoint, InfoHash
+from torrentlm.swarm.addresses import is_address, loopback_only
 from torrentlm.swarm.alerts import Alert, AlertPump, torrent_key
 from torrentlm.swarm.dht import Dht
 from torrentlm.swarm.identity import Identity
@@ -43,6 +44,9 @@ class Swarm:
         download_limit: int = 0,
         upload_limit: int = 0,
     ) -> None:
+        if loopback_only():
+            # The gateway refuses foreign addresses; a name would be looked up before anybody is asked.
+            bootstrap = [endpoint for endpoint in bootstrap if is_address(endpoint.host) or endpoint.is_loopback]
         self._settings = session_settings(proxy, bootstrap)
         self._settings |= {"download_rate_limit": download_limit, "upload_rate_limit": upload_limit}
         self._bootstrap = tuple(bootstrap)

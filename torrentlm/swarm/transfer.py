@@ -12,6 +12,7 @@ import trio
 
 from torrentlm.errors import NetworkError, TorrentLMError
 from torrentlm.records import Endpoint, InfoHash
+from torrentlm.swarm.addresses import is_address
 from torrentlm.swarm.alerts import Alert, AlertPump, torrent_key, translate
 
 _CONNECT_SOURCE = int(lt.peer_info.tracker)
@@ -106,8 +107,8 @@ class Transfer:
             raise self.error
 
     def connect_peer(self, endpoint: Endpoint) -> None:
-        """Dial ``endpoint`` (an IP address and port) through the proxy, by the v1 info-hash. Returns at once."""
-        if self.handle.is_valid():
+        """Dial ``endpoint`` through the proxy, by the v1 info-hash. Returns at once; host names are passed over."""
+        if is_address(endpoint.host) and self.handle.is_valid():
             self.handle.connect_peer((endpoint.host, endpoint.port), _CONNECT_SOURCE, _V1_HANDSHAKE)
 
     async def recheck(self) -> None:
