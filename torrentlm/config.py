@@ -89,6 +89,10 @@ def _budget(value: object, base: Path) -> int | None:
     return None if value == "auto" else parse_size(value)
 
 
+def _threads(value: object, base: Path) -> int | None:
+    return None if value == "auto" else _number(1, 1024)(value, base)
+
+
 def _choice(choices: tuple[str, ...]) -> Callable[[object, Path], str]:
     def read(value: object, base: Path) -> str:
         if not isinstance(value, str) or value not in choices:
@@ -141,7 +145,7 @@ _PATH = Kind("a path", _path)
 _BUDGET = Kind('a size such as "4GB" or "512 MiB", a number of bytes, or "auto"', _budget, _integer)
 _PORT = Kind("a whole number from 0 (any free port) to 65535", _number(0, 65535), _integer)
 _COUNT = Kind("a whole number from 1 to 1024", _number(1, 1024), _integer)
-_THREADS = Kind("a whole number from 0 (as many as pay) to 1024", _number(0, 1024), _integer)
+_THREADS = Kind('a whole number from 1 to 1024, or "auto"', _threads, _integer, ("auto",))
 _SECONDS = Kind("a number of seconds from 1 to 86400", _seconds, _decimal)
 _ENDPOINTS = Kind('a list of "HOST:PORT"', _endpoints, _words)
 _BOOTSTRAP = Kind('a list of "HOST:PORT", "public" or "none"', _bootstrap, _bootstrap_words, ("public", "none"))
@@ -181,7 +185,7 @@ class NodeConfig:
     """How this node runs: table [node]. Sizes in bytes; a budget of None is what the machine has free at the start.
 
     ``dht_bootstrap`` None: the public nodes; (): none, so that the DHT starts from known peers alone. ``port`` 0: any
-    free one. ``threads`` 0: chosen at the start. ``lease``: seconds after which an idle session's memory is freed.
+    free one. ``threads`` None: one per core. ``lease``: seconds after which an idle session's memory is freed.
     """
 
     data: Path = field(default_factory=default_data)
@@ -194,7 +198,7 @@ class NodeConfig:
     vram: int | None = None
     disk: int | None = None
     precision: str = "auto"
-    threads: int = 0
+    threads: int | None = None
     lease: float = 60.0
 
 

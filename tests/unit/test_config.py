@@ -139,6 +139,7 @@ def test_lists_replace_each_other():
         ("disk", "12", 12),
         ("precision", "F32", "F32"),
         ("threads", "4", 4),
+        ("threads", "auto", None),
         ("lease", "2.5", 2.5),
     ],
 )
@@ -191,7 +192,7 @@ def test_unknown_keys_name_table_and_nearest(text: str, says: list[str], tmp_pat
         ('ram = "4 apples"', ["ram in [node]", "4GB"]),
         ("ram = -1", ["ram in [node]", "not the number -1"]),
         ('precision = "BF61"', ["precision in [node]", 'did you mean "BF16"?']),
-        ("threads = -1", ["threads in [node]"]),
+        ("threads = 0", ["threads in [node]", "from 1 to 1024"]),
         ("lease = 0", ["lease in [node]", "seconds"]),
         ("lease = true", ["lease in [node]", "not true"]),
         ("lease = nan", ["lease in [node]"]),

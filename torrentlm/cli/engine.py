@@ -16,7 +16,7 @@ def prepare(settings: Settings) -> None:
     """Set the environment that torch reads at import; ``torrentlm.api`` may be imported after this, and not before."""
     from torrentlm.compute.threads import prepare_environment
 
-    prepare_environment(settings.node.threads or None)
+    prepare_environment(settings.node.threads)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ _HOLDING: tuple[Decorator, ...] = (
     click.option("--vram", metavar="SIZE", help="The accelerator's memory budget."),
     click.option("--disk", metavar="SIZE", help="Disk budget."),
     click.option("--precision", metavar="|".join(PRECISIONS), help="What to compute in."),
-    click.option("--threads", type=int, metavar="N", help="Compute threads; 0 for one per core."),
+    click.option("--threads", type=int, metavar="N", help="Compute threads. [default: one per core]"),
     click.option("--lease", type=float, metavar="SECONDS", help="How long a silent client's memory is kept."),
     click.option("--host", metavar="ADDRESS", help="Address to listen on."),
 )
