@@ -110,7 +110,8 @@ class Connection:
                     if self._client is not None and self._to_client is not None:
                         nursery.start_soon(self._serve_client, self._client, self._to_client)
                     else:
-                        self._outbox.put_message(extended_message(0, bare_offer(self._pool.port)))
+                        offer = extended_message(0, bare_offer(self._pool.port))
+                        self._outbox.put(Part(Kind.RUN, memoryview(offer)), offers=True)
                         self.pump()
                     await self._read_network()
                     nursery.cancel_scope.cancel()
@@ -262,7 +263,7 @@ class Connection:
                 if not data:
                     return
                 for part in demux.feed(data):
-                    self._outbox.put(self._outgoing(part))
+                    self._outbox.put(self._outgoing(part), offers=part.kind is Kind.HANDSHAKE)
                 self.pump()
                 turns += 1
                 if turns % READS_PER_TURN == 0:

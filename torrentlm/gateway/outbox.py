@@ -28,13 +28,20 @@ class Outbox:
         self._frames = frames
         self._parts: deque[Part] = deque()
         self._open_parts = self._open_bytes = 0  # at the end of _parts, of a message that is not finished
+        self._offer: Part | None = None
+        self._offered = False
         self.midway = False
         """The last byte handed out lies inside a message of the client."""
         self.waiting = 0
 
-    def put(self, part: Part) -> None:
-        """Add a RUN, or an OPEN whose message goes on in the next part."""
+    def put(self, part: Part, *, offers: bool = False) -> None:
+        """Add a RUN, or an OPEN whose message goes on in the next part.
+
+        No frame leaves before the part that ``offers`` them.
+        """
         self._parts.append(part)
+        if offers:
+            self._offer = part
         size = len(part.data)
         self.waiting += size
         if part.kind is Kind.OPEN:
@@ -43,10 +50,6 @@ class Outbox:
         else:
             self._open_parts = self._open_bytes = 0
 
-    def put_message(self, message: bytes) -> None:
-        """Add one whole message. Precondition: the last part was a RUN."""
-        self.put(Part(Kind.RUN, memoryview(message)))
-
     def next_batch(self, limit: int) -> Buffers:
         """What to write next: a message begun before, frames, then whole messages of about ``limit`` bytes."""
         batch: Buffers = []
@@ -54,7 +57,8 @@ class Outbox:
             self._take_runs(batch, 0)
             if self.midway:
                 return batch
-        batch += self._frames(limit)
+        if self._offered:
+            batch += self._frames(limit)
         self._take_runs(batch, limit)
         return batch
 
@@ -65,6 +69,7 @@ class Outbox:
             if len(parts) <= self._open_parts and not self.midway and self._open_bytes < HOLD_BYTES:
                 return
             part = parts.popleft()
+            self._offered = self._offered or part is self._offer
             batch.append(part.data)
             size += len(part.data)
             self.waiting -= len(part.data)
@@ -72,6 +77,6 @@ class Outbox:
         self._open_parts = min(self._open_parts, len(parts))
 
     def clear(self) -> None:
-        """Forget what the client wanted to say."""
+        """Forget what the client wanted to say. Precondition: not ``midway``."""
         self._parts.clear()
         self._open_parts = self._open_bytes = self.waiting = 0
