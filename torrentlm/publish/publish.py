@@ -52,17 +52,26 @@ def publish(recipe: Recipe, store: Store, progress: Progress | None = None) -> P
     they come from. Raises ConfigError (no such source), ArtifactError (a broken checkpoint), UnsupportedModelError, or
     StorageError (disk full, not writable); whatever it raises, nothing half-published is left.
     """
-    location = locate(recipe)
-    try:
-        record = record_of(recipe, location, store)
-    except OSError as error:
-        raise unreadable(location.path, error) from error
+    location, record = _look_up(recipe, store)
     if known := recall(record, store):
         return known
     with _staging(store) as staging:
         published = _publish(recipe, location, store, staging, progress or (lambda done, total, what: None))
         remember(record, published)
         return published
+
+
+def recognise(recipe: Recipe, store: Store) -> Published | None:
+    """What an earlier run published from this recipe, if all of it is still there and unchanged. Raises as publish."""
+    return recall(_look_up(recipe, store)[1], store)
+
+
+def _look_up(recipe: Recipe, store: Store) -> tuple[Location, Path]:
+    location = locate(recipe)
+    try:
+        return location, record_of(recipe, location, store)
+    except OSError as error:
+        raise unreadable(location.path, error) from error
 
 
 @contextmanager

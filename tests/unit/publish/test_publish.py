@@ -19,7 +19,7 @@ from torrentlm.manifest.canonical import read_canonical
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.manifest.torrent import Torrent, pieces_root
 from torrentlm.publish import publish as publishing
-from torrentlm.publish.publish import publish
+from torrentlm.publish.publish import publish, recognise
 from torrentlm.publish.published import Published
 from torrentlm.records import Span
 from torrentlm.swarm.store import Store
@@ -184,7 +184,9 @@ def test_the_small_files_travel(folder: Path, store: Store) -> None:
 
 def test_a_second_run_recognises_the_first(folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe("m", folder)
+    assert recognise(recipe, store) is None
     first = publish(recipe, store)
+    assert recognise(recipe, store) == first
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "Checkpoint", lambda path: pytest.fail("the checkpoint was opened"))
         assert publish(recipe, store) == first
