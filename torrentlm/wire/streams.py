@@ -25,7 +25,8 @@ MAX_CREDIT = 2**31 - 1
 class Limits:
     """Bounds of wire version 1, in bytes. Both ends use the same; only tests change them.
 
-    What one peer can make us hold is at most ``MAX_STREAMS`` x (``window`` + the overdraft of one frame) + ``reserve``.
+    What one peer can make us hold is at most ``MAX_STREAMS`` x (``window`` + what one frame and one decoded message may
+    overdraw, 0.6 MiB) + ``reserve``: about 330 MiB, and only if it sends all that and nobody here consumes it.
     """
 
     message: int = 64 << 20
