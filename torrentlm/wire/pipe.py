@@ -46,16 +46,11 @@ from torrentlm.wire.frames import (
 )
 from torrentlm.wire.handshake import Authenticated
 from torrentlm.wire.messages import Message, decode_message, encode_message
+from torrentlm.wire.sent import SEQUENCE_HALF, SEQUENCE_MASK, SentFrames
 from torrentlm.wire.streams import Limits, ReceiveStream, SendStream
 
 MAX_CONTROL_BACKLOG = 64
 """PONGs that may wait on one carrier."""
-
-SEQUENCE_MASK = 0xFFFFFFFF
-SEQUENCE_HALF = 0x80000000
-"""Numbers of frames are compared modulo 2^32, as in RFC 1982."""
-
-_FRAME_COST = 64  # bytes of memory that a kept frame takes beside its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +107,7 @@ class PipeCore:
         self._serial = 0
         self._awaits_answer = False
 
-        self._send_seq = 0
-        self._unacked: deque[bytes] = deque()
-        self._unacked_bytes = 0
-        self._resent = 0  # how many of the unacked were handed to the active carrier
+        self._sent = SentFrames()
         self._receive_seq = 0
         self._unanswered_frames = 0
         self._unanswered_bytes = 0
@@ -157,8 +149,9 @@ class PipeCore:
             raise LocalProtocolError("only the leader selects, and only an open carrier")
         if carrier == self.active:
             return
-        self.active, self._resent = carrier, 0
-        self._awaits_answer = bool(self._unacked)
+        self.active = carrier
+        self._sent.rewind()
+        self._awaits_answer = len(self._sent) > 0
         self._serial += 1
         self._carriers[carrier].append(encode_frame(Select(self._serial, self._receive_seq)))
 
@@ -221,7 +214,7 @@ class PipeCore:
     @property
     def idle(self) -> bool:
         """Nothing is queued, and the peer has acknowledged everything."""
-        return not self._unacked and not self._announcements and not any(out.queued for out in self._outgoing.values())
+        return not self._sent and not self._announcements and not any(out.queued for out in self._outgoing.values())
 
     def ready_carriers(self) -> list[int]:
         """Carriers for which ``next_frame`` has something now."""
@@ -249,30 +242,23 @@ class PipeCore:
     def _can_send_sequenced(self) -> bool:
         if self._awaits_answer:
             return False
-        if self._resent < len(self._unacked):
-            return True
-        return bool(self._announcements or self._turns) and self._unacked_bytes < self.limits.unacked
+        return self._sent.waits or (bool(self._announcements or self._turns) and self._sent.size < self.limits.unacked)
 
     def _next_sequenced(self) -> bytes:
         """Lost frames first, then credit and resets, then streams in turn. Precondition: ``_can_send_sequenced``."""
-        if self._resent < len(self._unacked):
-            frame = self._unacked[self._resent]
+        if self._sent.waits:
+            return self._sent.again()
+        seq, ack = self._sent.next_seq, self._answered()
+        if self._announcements:
+            kind, stream, amount = self._announcements.popleft()
+            frame = encode_frame(Reset(seq, ack, stream) if kind is Reset else Credit(seq, ack, stream, amount))
         else:
-            seq, ack = self._send_seq, self._answered()
-            if self._announcements:
-                kind, stream, amount = self._announcements.popleft()
-                frame = encode_frame(Reset(seq, ack, stream) if kind is Reset else Credit(seq, ack, stream, amount))
-            else:
-                stream = self._turns.popleft()
-                outgoing = self._outgoing[stream]
-                parts, first, end, length = outgoing.pull(self.limits.body)
-                frame = encode_data(seq, ack, stream, parts, first=first, end=end, length=length)
-                if outgoing.can_send:
-                    self._turns.append(stream)
-            self._send_seq = (seq + 1) & SEQUENCE_MASK
-            self._unacked.append(frame)
-            self._unacked_bytes += len(frame) + _FRAME_COST
-        self._resent += 1
+            stream = self._turns.popleft()
+            outgoing = self._outgoing[stream]
+            parts, first, end, length = outgoing.pull(self.limits.body)
+            frame = encode_data(seq, ack, stream, parts, first=first, end=end, length=length)
+            self._take_turn(stream, outgoing)
+        self._sent.add(frame)
         return frame
 
     def _answered(self) -> int:
@@ -394,15 +380,7 @@ class PipeCore:
             self._turns.append(stream)
 
     def _acknowledged(self, carrier: int, ack: int) -> None:
-        """Let go of the frames before ``ack``. An older acknowledgement than the last says nothing new."""
-        first_unacked = self._send_seq - len(self._unacked)
-        count = (ack - first_unacked) & SEQUENCE_MASK
-        if count < SEQUENCE_HALF:
-            if count > len(self._unacked):
-                raise RemoteProtocolError(f"frame {ack} is acknowledged but was never sent")
-            for _ in range(count):
-                self._unacked_bytes -= len(self._unacked.popleft()) + _FRAME_COST
-            self._resent = max(0, self._resent - count)
+        self._sent.release(ack)
         if carrier == self.active:
             self._awaits_answer = False
 
@@ -414,7 +392,8 @@ class PipeCore:
         self._serial = frame.serial
         self._acknowledged(carrier, frame.ack)
         if carrier != self.active:
-            self.active, self._resent = carrier, 0
+            self.active = carrier
+            self._sent.rewind()
         self._ack_due = True
 
     def _pong(self, carrier: int, token: bytes) -> None:
@@ -427,7 +406,7 @@ class PipeCore:
         self.closed = True
         for waiting in self._carriers.values():
             waiting.clear()
-        self._unacked.clear()
+        self._sent.clear()
         self._announcements.clear()
         self._turns.clear()
         self._outgoing.clear()

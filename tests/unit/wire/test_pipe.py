@@ -171,7 +171,7 @@ def test_a_select_that_a_later_one_overtook_is_passed_over() -> None:
 
 def test_a_wrapping_sequence_number_is_nothing_special() -> None:
     pair = connected()
-    pair.cores[LEADER]._send_seq = pair.cores[FOLLOWER]._receive_seq = 2**32 - 3
+    pair.cores[LEADER]._sent.next_seq = pair.cores[FOLLOWER]._receive_seq = 2**32 - 3
     for epoch in range(8):
         pair.cores[LEADER].send(Halt(SESSION, epoch))
         if epoch % 3 == 0:
@@ -504,7 +504,7 @@ class LossyCarriers(RuleBasedStateMachine):
     @invariant()
     def memory_is_bounded(self) -> None:
         for side, core in enumerate(self.pair.cores):
-            assert core._unacked_bytes <= SMALL.unacked + 200
+            assert core._sent.size <= SMALL.unacked + 200
             held = sum(event.reserved for event in self.held[side])
             reserved = sum(incoming.reserved for incoming in core._incoming.values())
             assert core._reserve_left + reserved + held == SMALL.reserve
