@@ -323,6 +323,19 @@ def test_reset_drops_what_waits_and_what_had_begun() -> None:
     assert not leader.has_frames(0)
 
 
+def test_reset_returns_the_credit_of_what_had_come() -> None:
+    pair = connected(SMALL)
+    for epoch in range(20):
+        pair.cores[LEADER].send(output(150, epoch), 1)
+        for _ in range(2):
+            pair.transmit(0, LEADER)
+        pair.cores[LEADER].reset(1)
+        pair.settle()
+    pair.cores[LEADER].send(output(150, 99), 1)
+    pair.settle()
+    assert pair.received(FOLLOWER) == [(1, output(150, 99))]
+
+
 # -- a peer that breaks the rules --------------------------------------------------------------------------------------
 
 
