@@ -125,7 +125,7 @@ class Model:
     def generate(
         self, prompt: str, *, chat: bool = False, stream: bool = False, **options: Unpack[How]
     ) -> str | Iterator[str]:
-        """Continue ``prompt``, or with ``chat`` answer it through the model's chat template; options as in :class:`How`.
+        """Continue ``prompt``, or with ``chat`` answer it through the chat template; options as in :class:`How`.
 
         ``stream`` gives an iterator over pieces of text; leaving it early stops the holders. :attr:`last` has the
         figures. With a seed the same call gives the same tokens whatever the route.
@@ -190,7 +190,7 @@ class Chat:
         return list(self._session.context.messages)
 
     def send(self, text: str, **options: Unpack[How]) -> Iterator[str]:
-        """Answer ``text`` in pieces. Leaving the iterator early stops the answer; what came of it stays in the history."""
+        """Answer ``text`` in pieces. Leaving the iterator early stops the answer; what came stays in the history."""
         asked = _options(options)
 
         async def work(emit: Hear) -> None:

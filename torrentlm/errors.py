@@ -27,6 +27,10 @@ class StorageError(TorrentLMError):
     """The data folder cannot be used: disk full, not writable, wrong version."""
 
 
+class FolderInUseError(StorageError):
+    """Another node has the data folder."""
+
+
 class NetworkError(TorrentLMError):
     """A connection could not be made or did not last; nobody broke a rule."""
 

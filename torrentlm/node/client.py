@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from torrentlm.client.model import ModelClient
 from torrentlm.compute.skeleton import read_config
 from torrentlm.compute.tokenizer import load_tokenizer, stop_tokens
 from torrentlm.config import Settings
-from torrentlm.errors import ConfigError
+from torrentlm.errors import ConfigError, FolderInUseError, StorageError
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.describe import describe_model, describe_network
 from torrentlm.node.membership import Membership
 from torrentlm.node.node import Node, open_node
 from torrentlm.node.parts import Say
+from torrentlm.publish.published import magnet_of
 from torrentlm.structured import single_error
+from torrentlm.swarm.store import Store, read_endpoint
 
 JOIN_TIMEOUT_S = 60.0
 MAX_CLIENTS = 64
@@ -47,13 +49,11 @@ async def open_client(settings: Settings, say: Say = lambda event: None) -> Asyn
 
     Raises ConfigError, ArtifactError, NetworkError, StorageError.
     """
-    if settings.magnet is None:
-        raise ConfigError(
-            "this model.toml publishes a model: start torrentlm seed with it, then use the magnet it prints"
-        )
-    magnet = Magnet.parse(settings.magnet)
+    magnet = await trio.to_thread.run_sync(_magnet_of, settings)
+    beside = read_endpoint(settings.node.data)
+    config = replace(settings.node, peers=(*settings.node.peers, *([beside] if beside else [])))
     with single_error():
-        async with open_node(settings.node, say) as node, trio.open_nursery() as nursery:
+        async with open_node(config, say, _first_free_store) as node, trio.open_nursery() as nursery:
             membership = await node.join(magnet, timeout=JOIN_TIMEOUT_S)
             tokenizer, ends, limit = await trio.to_thread.run_sync(_text_side, membership.folder)
             model = ModelClient(
@@ -68,6 +68,24 @@ async def open_client(settings: Settings, say: Say = lambda event: None) -> Asyn
             )
             yield SwarmClient(model, node, membership)
             nursery.cancel_scope.cancel()
+
+
+def _magnet_of(settings: Settings) -> Magnet:
+    """The model's magnet: given, or what the node of this machine published from the recipe."""
+    if settings.recipe is None:
+        return Magnet.parse(settings.magnet or "")
+    magnet = magnet_of(settings.recipe, settings.node.data)
+    if magnet is None:
+        raise ConfigError("this model.toml has not been published from here yet: start torrentlm seed with it first")
+    return magnet
+
+
+def _first_free_store(data: Path) -> Store:
+    """A folder below ``data`` that no other client uses: a node and several clients may share ``data`` itself."""
+    for number in range(MAX_CLIENTS):
+        with suppress(FolderInUseError):
+            return Store(data / "clients" / str(number))
+    raise StorageError(f"{MAX_CLIENTS} clients use {data} already: choose another folder with --data")
 
 
 def _text_side(folder: Path) -> tuple[Any, tuple[int, ...], int | None]:

@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import trio
 
@@ -146,13 +147,15 @@ class Node:
 
 
 @asynccontextmanager
-async def open_node(config: NodeConfig, say: Say = lambda event: None) -> AsyncIterator[Node]:
+async def open_node(
+    config: NodeConfig, say: Say = lambda event: None, open_store: Callable[[Path], Store] = Store
+) -> AsyncIterator[Node]:
     """Start every service of a node; stop them all on the way out.
 
     Raises StorageError (data folder), NetworkError (port in use).
     """
     bootstrap = PUBLIC_BOOTSTRAP if config.dht_bootstrap is None else config.dht_bootstrap
-    with Store(config.data) as store, single_error():
+    with open_store(config.data) as store, single_error():
         identity = store.identity()
         async with trio.open_nursery() as nursery:
             gateway = Gateway(identity, host=config.host, port=config.port)

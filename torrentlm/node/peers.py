@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import trio
 
-from torrentlm.errors import NetworkError
+from torrentlm.errors import NetworkError, RemoteProtocolError
 from torrentlm.gateway.pipe import Pipe
 from torrentlm.node.parts import Parts
 from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord
@@ -24,7 +24,7 @@ MEET_EVERY_S = 0.25
 MEET_AT_ONCE = 16
 DHT_LOOKUP_EVERY_S = 15.0
 DHT_LOOKUP_S = 10.0
-MAX_GOSSIP = 64
+MAX_GOSSIP = 32
 RECORD_EVERY_S = 0.5
 """Changes of our record within this time go out as one."""
 
@@ -117,7 +117,7 @@ class ModelPeers:
         async with self._meeting:
             try:
                 await self._parts.gateway.pipe_to(endpoint, self._hashes[0])
-            except NetworkError:
+            except (NetworkError, RemoteProtocolError):
                 self._discovery.failed(endpoint, trio.current_time())
             else:
                 self._discovery.met(endpoint, trio.current_time())

@@ -19,11 +19,13 @@ from torrentlm.publish.publish import publish
 from torrentlm.records import Endpoint
 
 WATCH_EVERY_S = 1.0
+ANY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104  # to compare with
 
 
 async def seed(settings: Settings, say: Say) -> None:
     """Run until cancelled. Raises what keeps it from serving: any TorrentLMError."""
     async with open_node(settings.node, say) as node:
+        node.parts.store.save_endpoint(reachable_endpoint(node))
         try:
             if settings.recipe is not None:
                 magnet = await _publish(node, settings.recipe, say)
@@ -37,6 +39,12 @@ async def seed(settings: Settings, say: Say) -> None:
             await _watch(node, membership, say)
         finally:
             say({"event": "stopped"})
+
+
+def reachable_endpoint(node: Node) -> Endpoint:
+    """Where programs of this machine reach the node."""
+    host = node.parts.config.host
+    return Endpoint("127.0.0.1" if host in ANY_ADDRESS else host, node.endpoint.port)
 
 
 async def _publish(node: Node, recipe: Recipe, say: Say) -> Magnet:
@@ -65,7 +73,7 @@ def _ready(node: Node, membership: Membership) -> dict[str, Any]:
 def shared_magnet(node: Node, membership: Membership) -> Magnet:
     """The model's magnet with this node as a peer to begin with, if it has an address that others can use."""
     host = node.parts.config.host
-    if host in ("0.0.0.0", "::", ""):  # noqa: S104  # a comparison
+    if host in ANY_ADDRESS:
         return membership.magnet
     own = Endpoint(host, node.endpoint.port)
     return replace(membership.magnet, peers=tuple(dict.fromkeys((own, *membership.magnet.peers))))

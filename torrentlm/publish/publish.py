@@ -69,7 +69,7 @@ def recognise(recipe: Recipe, store: Store) -> Published | None:
 def _look_up(recipe: Recipe, store: Store) -> tuple[Location, Path]:
     location = locate(recipe)
     try:
-        return location, record_of(recipe, location, store)
+        return location, record_of(recipe, location, store.data)
     except OSError as error:
         raise unreadable(location.path, error) from error
 

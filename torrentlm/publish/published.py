@@ -12,7 +12,7 @@ from torrentlm.errors import ArtifactError
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import FILE_NAME, Manifest
 from torrentlm.manifest.torrent import Torrent, multi_file
-from torrentlm.publish.source import Location
+from torrentlm.publish.source import Location, locate
 from torrentlm.swarm.store import Store
 
 FORMAT = 1
@@ -37,10 +37,10 @@ class Published:
         return Magnet(self.model.v1, self.model.v2, self.model.name)
 
 
-def record_of(recipe: Recipe, location: Location, store: Store) -> Path:
+def record_of(recipe: Recipe, location: Location, data: Path) -> Path:
     """The file that says what this recipe was published as, as long as its source does not change. Raises OSError."""
     key = json.dumps([FORMAT, asdict(recipe), location.path, location.stamps()], default=str, sort_keys=True)
-    return store.data / "published" / hashlib.sha256(key.encode()).hexdigest()
+    return data / "published" / hashlib.sha256(key.encode()).hexdigest()
 
 
 def remember(record: Path, published: Published) -> None:
@@ -49,6 +49,22 @@ def remember(record: Path, published: Published) -> None:
     temporary = record.with_suffix(".new")
     temporary.write_text(published.model.v2.hex())
     temporary.replace(record)
+
+
+def magnet_of(recipe: Recipe, data: Path) -> Magnet | None:
+    """The magnet of what a node with this data folder published from ``recipe``; None if it did not.
+
+    Only reads, so that it works beside the node that has the folder. Raises ConfigError (no such source)
+    and ArtifactError.
+    """
+    location = locate(recipe)
+    try:
+        v2 = record_of(recipe, location, data).read_text()
+        encoded = (data / "torrents" / f"{v2}.torrent").read_bytes()
+    except OSError:
+        return None
+    torrent = Torrent.from_bytes(encoded)
+    return Magnet(torrent.v1, torrent.v2, torrent.name)
 
 
 def recall(record: Path, store: Store) -> Published | None:

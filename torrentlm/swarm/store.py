@@ -5,6 +5,7 @@
     <data>/identity.key      the node's Ed25519 seed, hexadecimal, mode 0600
     <data>/verified.json     size and modification time of every block file that matched its hash
     <data>/peers.json        endpoints that answered last time
+    <data>/endpoint          where the node that has or last had the folder listens
     <data>/blocks/           <pieces root>.safetensors, one per file, shared by all models
     <data>/models/<v2 hex>/  a model torrent's content
     <data>/torrents/         <v2 hex>.torrent of models
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from torrentlm.errors import ArtifactError, StorageError
+from torrentlm.errors import ArtifactError, FolderInUseError, StorageError
 from torrentlm.manifest.torrent import pieces_root
 from torrentlm.records import Endpoint
 from torrentlm.swarm.identity import SEED_BYTES, Identity
@@ -105,6 +106,12 @@ class Store:
         path = self.data / "peers.json"
         with _storage_errors(path):
             _write_atomically(path, json.dumps([str(peer) for peer in list(peers)[:MAX_PEERS]], indent=0))
+
+    def save_endpoint(self, endpoint: Endpoint) -> None:
+        """Say where this node listens, for clients of the same machine."""
+        path = self.data / "endpoint"
+        with _storage_errors(path):
+            _write_atomically(path, f"{endpoint}\n")
 
     # -- block files
 
@@ -202,6 +209,14 @@ class Store:
             _write_atomically(path, json.dumps(self._verified, indent=0, sort_keys=True))
 
 
+def read_endpoint(data: Path) -> Endpoint | None:
+    """Where the node that has, or last had, this data folder listens. Only reads: works beside that node."""
+    try:
+        return Endpoint.parse((data / "endpoint").read_text(encoding="ascii")[:300])
+    except (OSError, ValueError):
+        return None
+
+
 def disk_full(needed: int, free: int, folder: Path) -> StorageError:
     return StorageError(
         f"disk full: block set needs {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free; "
@@ -238,7 +253,9 @@ def _lock(data: Path) -> IO[bytes]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         handle.close()
-        raise StorageError(f"{data} is in use by another node; stop it or choose another folder with --data") from None
+        raise FolderInUseError(
+            f"{data} is in use by another node; stop it or choose another folder with --data"
+        ) from None
     return handle
 
 
