@@ -16,10 +16,11 @@ from torrentlm.swarm.addresses import is_address, loopback_only
 from torrentlm.swarm.alerts import Alert, AlertPump, torrent_key
 from torrentlm.swarm.dht import Dht
 from torrentlm.swarm.identity import Identity
-from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP, Proxy, session_settings
+from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP, TICK_MS, Proxy, session_settings
 from torrentlm.swarm.transfer import Transfer
 
 _UPDATE_INTERVAL = 0.5
+_HURRY_INTERVAL = 0.1
 _NO_DEFAULT_PLUGINS = 0
 _PLUGINS = ("ut_metadata", "smart_ban")
 _MAX_TORRENT_FILE = 32 << 20
@@ -53,6 +54,7 @@ class Swarm:
         self._identity = identity
         self._transfers: dict[InfoHash, Transfer] = {}
         self._session: Any = None
+        self._hurried = trio.Event()
         self._pump: AlertPump
         self.dht: Dht
 
@@ -66,6 +68,7 @@ class Swarm:
                 self._pump.add("updates", self._on_updates)
                 await nursery.start(self._pump.run)
                 nursery.start_soon(self._request_updates)
+                nursery.start_soon(self._hurry)
                 nursery.start_soon(self.dht.run, self._bootstrap)
                 task_status.started()
         finally:
@@ -95,8 +98,8 @@ class Swarm:
             handle = self._session.add_torrent(params)
         except RuntimeError as error:
             raise ArtifactError(f"this torrent cannot be started ({error})") from error
-        transfer = Transfer(handle, self._pump, folder, self._index)
-        self._index(transfer)
+        transfer = Transfer(handle, self._pump, folder, self)
+        self.renamed(transfer)
         return transfer
 
     def remove(self, transfer: Transfer) -> None:
@@ -114,8 +117,14 @@ class Swarm:
         transfer = self._transfers.get(InfoHash(info_hash))
         if transfer:
             transfer.connect_peer(endpoint)
+            self.hurry()
 
-    def _index(self, transfer: Transfer) -> None:
+    def hurry(self) -> None:
+        """Have libtorrent dial the peers that it was just told of now, not at its next full second."""
+        self._hurried.set()
+
+    def renamed(self, transfer: Transfer) -> None:
+        """Find the transfer by all info-hashes that it has by now."""
         for info_hash in transfer.info_hashes:
             self._transfers[info_hash] = transfer
 
@@ -129,6 +138,19 @@ class Swarm:
         while True:
             self._session.post_torrent_updates(0)
             await trio.sleep(_UPDATE_INTERVAL)
+
+    async def _hurry(self) -> None:
+        """A negative tick interval makes libtorrent do at once, and each millisecond, what it does once a second.
+
+        Dialling is among that: two ends that each wait half a second for it would make a second of every first contact.
+        """
+        while True:
+            await self._hurried.wait()
+            self._hurried = trio.Event()
+            self._session.apply_settings({"tick_interval": -1})
+            await trio.sleep(1.5 * TICK_MS / 1000)
+            self._session.apply_settings({"tick_interval": TICK_MS})
+            await trio.sleep(_HURRY_INTERVAL)
 
     def _on_updates(self, alert: Alert) -> None:
         by_key = {torrent_key(transfer.handle): transfer for transfer in self.transfers}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import libtorrent as lt
 import trio
@@ -21,6 +21,8 @@ _CONNECT_SOURCE = int(lt.peer_info.tracker)
 _V1_HANDSHAKE = 0
 """connect_peer's default flags say uTP and encryption; none of them means plain TCP, greeting by the v1 info-hash."""
 
+_MAX_HURRIED = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -34,6 +36,16 @@ class Progress:
     state: str = "starting"
 
 
+class Owner(Protocol):
+    """What a transfer tells the session that it is part of."""
+
+    def renamed(self, transfer: Transfer) -> None:
+        """A magnet's metadata has arrived: there may be more info-hashes than before."""
+
+    def hurry(self) -> None:
+        """Somebody is to be dialled now, not at libtorrent's next full second."""
+
+
 class Transfer:
     """A torrent of this node, made by ``Swarm.add_torrent``.
 
@@ -42,14 +54,14 @@ class Transfer:
     ``error`` is set once something stopped it (disk full, file gone); ``retry`` clears that.
     """
 
-    def __init__(self, handle: Any, pump: AlertPump, folder: Path, on_metadata: Callable[[Transfer], None]) -> None:
-        """``on_metadata`` is called when a magnet's metadata has arrived: the info-hashes may be more than before."""
+    def __init__(self, handle: Any, pump: AlertPump, folder: Path, owner: Owner) -> None:
         self.folder = folder
         self.error: TorrentLMError | None = None
         self.progress = Progress()
         self.handle = handle
         self._pump = pump
-        self._on_metadata = on_metadata
+        self._owner = owner
+        self._dialled: set[Endpoint] = set()
         self._read_identity()
         self._finished = False
         self._flushed = False
@@ -108,8 +120,12 @@ class Transfer:
 
     def connect_peer(self, endpoint: Endpoint) -> None:
         """Dial ``endpoint`` through the proxy, by the v1 info-hash. Returns at once; host names are passed over."""
-        if is_address(endpoint.host) and self.handle.is_valid():
-            self.handle.connect_peer((endpoint.host, endpoint.port), _CONNECT_SOURCE, _V1_HANDSHAKE)
+        if not is_address(endpoint.host) or not self.handle.is_valid():
+            return
+        self.handle.connect_peer((endpoint.host, endpoint.port), _CONNECT_SOURCE, _V1_HANDSHAKE)
+        if endpoint not in self._dialled and len(self._dialled) < _MAX_HURRIED:
+            self._dialled.add(endpoint)
+            self._owner.hurry()
 
     async def recheck(self) -> None:
         """Hash everything on disk again and fetch what does not match. Returns when the check is through."""
@@ -160,7 +176,7 @@ class Transfer:
                     self.update(self.handle.status(0))
             case lt.metadata_received_alert():
                 self._read_identity()
-                self._on_metadata(self)
+                self._owner.renamed(self)
             case lt.hash_failed_alert():
                 self._bad_pieces += 1
             case lt.file_error_alert():
@@ -189,7 +205,7 @@ class Transfer:
         hashes, info = self.handle.info_hashes(), self._torrent_info()
         self.v1 = hashes.v1.to_bytes() if hashes.has_v1() else None
         self.v2 = hashes.v2.to_bytes() if hashes.has_v2() else None
-        self.name = (info.name() if info else self.handle.status(lt.status_flags_t.query_name).name) or str(hashes.v1)
+        self.name = (info.name() if info else self.handle.status().name) or str(hashes.v1)
 
     async def _wait(self, ready: Callable[[], bool]) -> None:
         while not ready():
