@@ -51,16 +51,19 @@ def command(model: str, system: str | None, **options: Any) -> None:
 
 
 class Conversation:
-    """Reads lines from standard input until it ends; on a terminal with a prompt, line editing and figures.
+    """Reads lines from standard input until it ends.
 
+    ``interactive``: with a prompt, line editing and figures, and neither Ctrl-C nor an error in an answer ends it.
     ``how`` are keyword arguments of ``Chat.send``.
     """
 
-    def __init__(self, model: Model, how: dict[str, Any], *, system: str | None = None) -> None:
+    def __init__(
+        self, model: Model, how: dict[str, Any], *, system: str | None = None, interactive: bool | None = None
+    ) -> None:
         self._model = model
         self._how = how
         self._chat: Chat = model.chat(system=system)
-        self._on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self._interactive = sys.stdin.isatty() and sys.stdout.isatty() if interactive is None else interactive
         self._answered_at = float("-inf")
         self._commands: dict[str, Callable[[str], None]] = {
             "/system": self._system,
@@ -74,7 +77,7 @@ class Conversation:
         """Until /quit, the end of input, or Ctrl-C at an empty prompt (raised as KeyboardInterrupt)."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives input() line editing and history
-        if self._on_terminal:
+        if self._interactive:
             click.echo("Type a message; /help lists commands, /quit leaves.")
         with self._chat:
             while (line := self._read()) is not None:
@@ -94,7 +97,7 @@ class Conversation:
             self.answer(line)
 
     def answer(self, message: str) -> None:
-        """Print the answer as it comes. Ctrl-C stops the answer; what came of it stays in the history."""
+        """Print the answer as it comes; an answer that was stopped stays in the history as far as it came."""
         pieces = self._chat.send(message, **self._how)
         end = ""
         try:
@@ -103,18 +106,20 @@ class Conversation:
                 for piece in pieces:
                     click.echo(piece, nl=False)
         except KeyboardInterrupt:
+            if not self._interactive:
+                raise
             end = " [stopped]"
         except TorrentLMError as error:
-            if not self._on_terminal:
+            if not self._interactive:
                 raise
             end = f" [{error}]"
         click.echo(end)
         self._answered_at = time.monotonic()
-        if self._on_terminal and not end and self._model.last:
+        if self._interactive and not end and self._model.last:
             click.secho(figures(self._model.last), dim=True)
 
     def _read(self) -> str | None:
-        if not self._on_terminal:
+        if not self._interactive:
             return sys.stdin.readline() or None
         while True:
             try:

@@ -172,7 +172,7 @@ def _converse(magnet: str, data: Path, prompt: str | None) -> None:
     with waiting("Looking for holders …"):
         connection = connect(magnet, settings=settings)
     with connection as model:
-        conversation = Conversation(model, {"max_new_tokens": 256})
+        conversation = Conversation(model, {"max_new_tokens": 256}, interactive=prompt is None)
         if prompt is None:
             conversation.run()
         else:
