@@ -24,7 +24,12 @@ _HURRY_INTERVAL = 0.1
 _NO_DEFAULT_PLUGINS = 0
 _PLUGINS = ("ut_metadata", "smart_ban")
 _MAX_TORRENT_FILE = 32 << 20
-_FLAGS = lt.torrent_flags.disable_dht | lt.torrent_flags.disable_lsd | lt.torrent_flags.disable_pex
+_FLAGS = (
+    lt.torrent_flags.update_subscribe
+    | lt.torrent_flags.disable_dht
+    | lt.torrent_flags.disable_lsd
+    | lt.torrent_flags.disable_pex
+)
 """Neither auto-managed nor paused: runs at once. Announcing is ours (``Dht``): libtorrent would spread dead ports."""
 _SEED_FLAGS = lt.torrent_flags.seed_mode | lt.torrent_flags.no_verify_files
 
@@ -113,10 +118,10 @@ class Swarm:
         return transfer.info_hashes[0] if transfer else None
 
     def connect_peer(self, info_hash: bytes, endpoint: Endpoint) -> None:
-        """Have libtorrent dial ``endpoint`` for this torrent, through the proxy."""
+        """Have libtorrent dial ``endpoint`` through the proxy, and greet it by this hash."""
         transfer = self._transfers.get(InfoHash(info_hash))
         if transfer:
-            transfer.connect_peer(endpoint)
+            transfer.connect_peer(endpoint, info_hash)
             self.hurry()
 
     def hurry(self) -> None:

@@ -18,8 +18,10 @@ from torrentlm.swarm.alerts import Alert, AlertPump, torrent_key, translate
 _CONNECT_SOURCE = int(lt.peer_info.tracker)
 """Told that a tracker named a peer, libtorrent forgives it an earlier failure; of other sources it does not."""
 
-_V1_HANDSHAKE = 0
-"""connect_peer's default flags say uTP and encryption; none of them means plain TCP, greeting by the v1 info-hash."""
+_PLAIN_TCP = 0
+"""connect_peer's default flags say uTP and encryption; none of them means plain TCP, greeting by v1 if there is one."""
+_BY_V2 = 0x80
+"""libtorrent's pex_lt_v2: greet by the truncated v2 info-hash."""
 
 _MAX_HURRIED = 1000
 
@@ -118,11 +120,17 @@ class Transfer:
         if self.error:
             raise self.error
 
-    def connect_peer(self, endpoint: Endpoint) -> None:
-        """Dial ``endpoint`` through the proxy, by the v1 info-hash. Returns at once; host names are passed over."""
+    def connect_peer(self, endpoint: Endpoint, info_hash: bytes | None = None) -> None:
+        """Dial ``endpoint`` through the proxy. Returns at once; host names are passed over.
+
+        ``info_hash`` is the one of ``info_hashes`` to greet by, the first if not given. A peer that greeted us by the
+        v2 hash must be greeted by it: only then may it ask for hashes (BEP 52).
+        """
         if not is_address(endpoint.host) or not self.handle.is_valid():
             return
-        self.handle.connect_peer((endpoint.host, endpoint.port), _CONNECT_SOURCE, _V1_HANDSHAKE)
+        by_v2 = self.v2 is not None and info_hash == self.v2[:20]
+        flags = _BY_V2 if by_v2 else _PLAIN_TCP
+        self.handle.connect_peer((endpoint.host, endpoint.port), _CONNECT_SOURCE, flags)
         if endpoint not in self._dialled and len(self._dialled) < _MAX_HURRIED:
             self._dialled.add(endpoint)
             self._owner.hurry()
