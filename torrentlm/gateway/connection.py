@@ -36,20 +36,32 @@ from torrentlm.wire.peerwire import Demux, Kind, Part, extended_message, port_me
 if TYPE_CHECKING:
     from torrentlm.gateway.pool import Pool
 
-NETWORK_READ = 256 << 10
-CLIENT_READ = 256 << 10
-CLIENT_WRITE = 256 << 10
-READ_AHEAD = 512 << 10
+READ_AHEAD = 1 << 20
 """How much of the client's may wait for the network before the client is no longer read."""
-NETWORK_BUFFER = 256 << 10
 CLIENT_BUFFER = 1 << 20
-BULK = (128 << 10, 128 << 10)
-INTERACTIVE = (64 << 10, 16 << 10)
-"""(bytes per run, bytes unsent in the kernel), without and with messages on the pipe."""
 INTERACTIVE_FOR = 1.0
 """Seconds after its last message during which a pipe counts as in use."""
 FLUSH_LIMIT = 10.0
-READS_PER_TURN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How much is moved at a time, in bytes: ``read`` from a socket, ``run`` of the client's messages between two
+    frames, ``unsent`` and ``buffer`` in the kernel towards the network. ``reads``: how many before other tasks have a
+    turn.
+    """
+
+    read: int
+    run: int
+    unsent: int
+    buffer: int
+    reads: int
+
+
+BULK = Pace(read=512 << 10, run=256 << 10, unsent=256 << 10, buffer=1 << 20, reads=4)
+"""Few calls: while only pieces are moved."""
+INTERACTIVE = Pace(read=128 << 10, run=64 << 10, unsent=16 << 10, buffer=128 << 10, reads=1)
+"""Short queues: while the pipe is in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +95,13 @@ class Connection:
         self._scope = trio.CancelScope()
         self._client_scope = trio.CancelScope()
         self._peer_attached = client is not None
-        self._interactive = False
+        self._pace = BULK
         self._outbox = Outbox(self._frames)
         self._to_network = Outlet(remote, self._next_batch)
         self._queue: deque[memoryview] = deque()
         self._queued = 0
         self._to_client: Outlet | None = None
-        remote.set_buffers(NETWORK_BUFFER, NETWORK_BUFFER)
-        remote.set_unsent_limit(BULK[1])
+        self._set_pace(BULK)
         if client is not None:
             self._to_client = Outlet(client, self._next_for_client)
             client.set_buffers(CLIENT_BUFFER, CLIENT_BUFFER)
@@ -137,12 +148,12 @@ class Connection:
 
     async def _read_network(self) -> None:
         """Until the peer closes the connection or breaks a rule; then what it sent is still given to the client."""
-        demux = Demux(PIPE_ID)
+        demux = Demux(PIPE_ID, run=None)
         try:
             turns = 0
             while True:
                 await self._room_for_client()
-                data = self._remote.receive_nowait(NETWORK_READ)
+                data = self._remote.receive_nowait(self._pace.read)
                 if data is None:
                     await self._remote.readable()
                     continue
@@ -153,7 +164,8 @@ class Connection:
                     self._take_part(part)
                 self._pump_client()
                 turns += 1
-                if turns % READS_PER_TURN == 0:
+                if turns >= self._pace.reads:
+                    turns = 0
                     await trio.lowlevel.checkpoint()
         except (NetworkError, RemoteProtocolError):
             pass
@@ -197,7 +209,7 @@ class Connection:
     def _next_for_client(self) -> Buffers:
         batch: Buffers = []
         size = 0
-        while self._queue and size < CLIENT_WRITE and len(batch) < MAX_BUFFERS:
+        while self._queue and size < BULK.run and len(batch) < MAX_BUFFERS:
             data = self._queue.popleft()
             batch.append(data)
             size += len(data)
@@ -256,7 +268,7 @@ class Connection:
             while True:
                 while self._outbox.waiting > READ_AHEAD:
                     await self._to_network.progress()
-                data = client.receive_nowait(CLIENT_READ)
+                data = client.receive_nowait(self._pace.read)
                 if data is None:
                     await client.readable()
                     continue
@@ -266,7 +278,8 @@ class Connection:
                     self._outbox.put(self._outgoing(part), offers=part.kind is Kind.HANDSHAKE)
                 self.pump()
                 turns += 1
-                if turns % READS_PER_TURN == 0:
+                if turns >= self._pace.reads:
+                    turns = 0
                     await trio.lowlevel.checkpoint()
         except (NetworkError, RemoteProtocolError):
             return
@@ -288,12 +301,16 @@ class Connection:
 
     def _next_batch(self) -> Buffers:
         pipe = self.carrier.pipe if self.carrier is not None else None
-        interactive = pipe is not None and trio.current_time() - pipe.used_at < INTERACTIVE_FOR
-        run, unsent = INTERACTIVE if interactive else BULK
-        if interactive is not self._interactive:
-            self._interactive = interactive
-            self._remote.set_unsent_limit(unsent)
-        return self._outbox.next_batch(run)
+        in_use = pipe is not None and trio.current_time() - pipe.used_at < INTERACTIVE_FOR
+        pace = INTERACTIVE if in_use else BULK
+        if pace is not self._pace:
+            self._set_pace(pace)
+        return self._outbox.next_batch(pace.run)
+
+    def _set_pace(self, pace: Pace) -> None:
+        self._pace = pace
+        self._remote.set_buffers(pace.buffer, pace.buffer)
+        self._remote.set_unsent_limit(pace.unsent)
 
     # -- ends --------------------------------------------------------------------------------------------------------
 

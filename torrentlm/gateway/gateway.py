@@ -90,6 +90,11 @@ class Gateway:
         return self._pool.pipes
 
     @property
+    def connections(self) -> tuple[Connection, ...]:
+        """Connections with peers that are open now."""
+        return tuple(self._connections.values())
+
+    @property
     def incoming(self) -> trio.MemoryReceiveChannel[Pipe]:
         return self._pool.incoming
 

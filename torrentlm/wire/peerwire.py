@@ -26,7 +26,7 @@ MAX_TAKEN = 1 << 16
 """Longest message that is taken out of the stream, with its length prefix."""
 
 RUN_BYTES = 1 << 16
-"""A run is cut at the first message boundary behind this many bytes, so that something may go in between."""
+"""Usual length of a run."""
 
 CHOKE, NOT_INTERESTED, PORT, EXTENDED = 0, 3, 9, 20
 KEEP_ALIVE = b"\0\0\0\0"
@@ -96,11 +96,15 @@ class Part(NamedTuple):
 class Demux:
     """Cuts what arrives on one direction of a connection, behind the greeting, into parts.
 
-    ``frame_id`` is the extension id of our own messages in this direction (None: there are none to look for).
+    ``frame_id`` is the extension id of our own messages in this direction (None: there are none to look for). Runs are
+    cut at the first message boundary behind ``run`` bytes, so that something may go in between; with None there are no
+    boundaries to be had: what passes comes in parts as long as possible, all called OPEN.
     """
 
-    def __init__(self, frame_id: int | None = None) -> None:
+    def __init__(self, frame_id: int | None = None, run: int | None = RUN_BYTES) -> None:
         self.frame_id = frame_id
+        self._run = run or 1 << 62
+        self._cut = run is not None
         self._left = 0  # bytes of a passing message that are still to come
         self._held = bytearray()  # the head of a message, or as much of a taken message as has come
 
@@ -131,7 +135,7 @@ class Demux:
                     position = end
                     break
                 boundary = position
-                if boundary - start >= RUN_BYTES:
+                if boundary - start >= self._run:
                     parts.append(Part(Kind.RUN, view[start:boundary]))
                     start = boundary
                 continue
@@ -143,10 +147,13 @@ class Demux:
             else:
                 parts.append(_taken_part(kind, view[position:start]))
             position = start
-        if start < boundary:
+        if not self._cut:
+            if start < (stop := end if self._left else boundary):
+                parts.append(Part(Kind.OPEN, view[start:stop]))
+        elif start < boundary:
             parts.append(Part(Kind.RUN, view[start:boundary]))
         if self._left:
-            if boundary < end:
+            if self._cut and boundary < end:
                 parts.append(Part(Kind.OPEN, view[boundary:]))
         elif position < end:
             self._held += view[position:]
