@@ -23,6 +23,8 @@ _ANNOUNCE_STEPS = (5.0, 20.0, 60.0, 300.0)
 _ANNOUNCE_INTERVAL = 900.0
 """Afterwards; DHT nodes forget an announce after 30 minutes."""
 _ANNOUNCES_PER_SECOND = 50
+_ENTER_INTERVAL = 0.5
+_MAX_ENTRANCES = 200
 _STATS_INTERVAL = 0.1
 _STATS_TIMEOUT = 2.0
 _MAX_PEERS = 500
@@ -52,6 +54,7 @@ class Dht:
         self._pump = pump
         self._identity = identity
         self._announces: dict[InfoHash, _Announce] = {}
+        self._entrances: set[Endpoint] = set()
         self._wake = trio.Event()
 
     async def run(self, bootstrap: Sequence[Endpoint]) -> None:
@@ -60,7 +63,7 @@ class Dht:
             self.add_node(endpoint)
         while True:
             self._wake = trio.Event()
-            await self.wait_nodes(math.inf)
+            await self._enter()
             await self._announce_due()
             next_due = min((announce.due for announce in self._announces.values()), default=math.inf)
             with trio.move_on_at(next_due):
@@ -74,7 +77,8 @@ class Dht:
 
     def add_node(self, endpoint: Endpoint) -> None:
         """Make the DHT node at this address (UDP) known, if it is one; host names are passed over."""
-        if is_address(endpoint.host):
+        if is_address(endpoint.host) and (endpoint in self._entrances or len(self._entrances) < _MAX_ENTRANCES):
+            self._entrances.add(endpoint)
             self._session.add_dht_node((endpoint.host, endpoint.port))
 
     async def state(self) -> DhtState:
@@ -170,6 +174,12 @@ class Dht:
             return None
 
     # -- inner workings
+
+    async def _enter(self) -> None:
+        """Wait for the first DHT node, asking again and again: libtorrent asks once, and datagrams get lost."""
+        while not await self.wait_nodes(_ENTER_INTERVAL):
+            for endpoint in self._entrances:
+                self._session.add_dht_node((endpoint.host, endpoint.port))
 
     async def _announce_due(self) -> None:
         for info_hash, announce in tuple(self._announces.items()):

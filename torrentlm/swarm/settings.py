@@ -86,6 +86,8 @@ def _isolation(proxy: Proxy) -> Settings:
         "proxy_peer_connections": True,
         "proxy_tracker_connections": True,
         "proxy_hostnames": True,
+        # So that the relay knows where to send what comes in before the DHT itself has spoken.
+        "socks5_udp_send_local_ep": True,
         # Proxied, libtorrent opens no TCP listener; its UDP socket drops whatever the proxy did not send.
         "listen_interfaces": "127.0.0.1:0",
         "enable_upnp": False,
