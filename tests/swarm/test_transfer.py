@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import trio
 
 from tests.swarm.nodes import in_trio, make_block, make_model, open_node
-from torrentlm.errors import ArtifactError, NetworkError
+from torrentlm.errors import ArtifactError, NetworkError, StorageError
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.torrent import Torrent
 from torrentlm.swarm.store import Store
@@ -208,3 +209,51 @@ def add_plain(session: Any, torrent: Torrent, folder: Path) -> Any:
     params.save_path = str(folder)
     params.flags = 0
     return session.add_torrent(params)
+
+
+@in_trio(30)
+async def test_file_that_does_not_fit_is_one_sentence_and_can_be_retried(tmp_path: Path) -> None:
+    torrent, content = make_block(tmp_path / "a")
+    async with open_node() as seed, open_node() as node:
+        seed.swarm.add_torrent(torrent.to_bytes(), tmp_path / "a", verified=True)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        try:
+            transfer = node.swarm.add_torrent(torrent.to_bytes(), tmp_path / "b")
+            transfer.connect_peer(seed.endpoint)
+            with pytest.raises(StorageError, match=rf"{torrent.name} is larger than a file may be there"):
+                await transfer.wait_complete(10)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        transfer.retry()
+        transfer.connect_peer(seed.endpoint)
+        await transfer.wait_complete(10)
+        assert (tmp_path / "b" / torrent.name).read_bytes() == content
+
+
+@in_trio(30)
+async def test_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    torrent, _ = make_block(tmp_path / "a")
+    (tmp_path / "b").write_text("a file, no folder")
+    async with open_node() as seed, open_node() as node:
+        seed.swarm.add_torrent(torrent.to_bytes(), tmp_path / "a", verified=True)
+        transfer = node.swarm.add_torrent(torrent.to_bytes(), tmp_path / "b")
+        transfer.connect_peer(seed.endpoint)
+        with pytest.raises(StorageError, match="not a directory"):
+            await transfer.wait_complete(10)
+
+
+@in_trio(30)
+async def test_file_removed_while_seeding_is_an_error(tmp_path: Path) -> None:
+    torrent, _ = make_block(tmp_path / "a")
+    async with open_node() as seed, open_node() as node:
+        seeded = seed.swarm.add_torrent(torrent.to_bytes(), tmp_path / "a", verified=True)
+        await seeded.wait_complete(10)
+        (tmp_path / "a" / torrent.name).unlink()
+        transfer = node.swarm.add_torrent(torrent.to_bytes(), tmp_path / "b")
+        transfer.connect_peer(seed.endpoint)
+        while seeded.error is None:
+            await trio.sleep(0.05)
+        assert isinstance(seeded.error, StorageError)
+        assert not seeded.complete
+        assert str(seeded.error).startswith(f"{tmp_path / 'a' / torrent.name} is gone")

@@ -131,8 +131,10 @@ def translate(error: Any, path: Path | str, what: str) -> TorrentLMError:
     """libtorrent's error_code as one of our errors: ``what`` failed, ``path`` is the file or folder concerned."""
     category, value, said = error.category().name(), error.value(), error.message()
     if category in {"system", "generic"}:
-        if value in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        if value in {errno.ENOSPC, errno.EDQUOT}:
             return StorageError(f"disk full: {path} could not be written; free some space or hold fewer blocks")
+        if value == errno.EFBIG:
+            return StorageError(f"{path} is larger than a file may be there; choose another disk or raise the limit")
         if value in {errno.EACCES, errno.EPERM, errno.EROFS}:
             return StorageError(f"{path} is not writable; check the data folder's owner and mode")
         if value == errno.ENOENT:
