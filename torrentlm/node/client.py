@@ -24,7 +24,7 @@ from torrentlm.publish.published import magnet_of
 from torrentlm.structured import single_error
 from torrentlm.swarm.store import Store, read_endpoint
 
-JOIN_TIMEOUT_S = 60.0
+JOIN_TIMEOUT_S = 30.0
 MAX_CLIENTS = 64
 
 

@@ -1,0 +1,65 @@
+"""Which span a joining holder takes."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.route.test_plan import candidate, snapshot
+from torrentlm.records import Span
+from torrentlm.route.assign import choose_span, copies
+
+
+def test_an_empty_swarm_is_filled_from_the_front():
+    assert choose_span([10] * 6, [0] * 6, 30) == Span(0, 2)
+
+
+def test_the_first_copy_of_anything_comes_before_a_second_copy():
+    assert choose_span([10] * 6, [1, 1, 0, 0, 1, 1], 20) == Span(2, 3)
+    assert choose_span([10] * 6, [3, 1, 1, 1, 2, 0], 10) == Span(5, 5)
+
+
+def test_three_that_join_one_after_the_other_cover_everything():
+    sizes, counts = [10] * 9, [0] * 9
+    taken = []
+    for _ in range(3):
+        span = choose_span(sizes, counts, 30)
+        assert span is not None
+        taken.append(span)
+        for block in span:
+            counts[block] += 1
+    assert taken == [Span(0, 2), Span(3, 5), Span(6, 8)]
+
+
+def test_nothing_fits():
+    assert choose_span([10, 20], [0, 0], 9) is None
+    assert choose_span([100, 8, 100], [5, 9, 0], 9) == Span(1, 1)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 4)), min_size=1, max_size=12),
+    st.integers(0, 300),
+)
+def test_no_affordable_span_is_worth_more(blocks, budget):
+    sizes, counts = [size for size, _ in blocks], [count for _, count in blocks]
+
+    def worth(span: Span) -> float:
+        return sum(1 / (1 + counts[block]) ** 2 for block in span)
+
+    affordable = [
+        Span(first, last)
+        for first in range(len(blocks))
+        for last in range(first, len(blocks))
+        if sum(sizes[first : last + 1]) <= budget
+    ]
+    chosen = choose_span(sizes, counts, budget)
+    if not affordable:
+        assert chosen is None
+    else:
+        assert chosen in affordable
+        assert chosen is not None and worth(chosen) >= max(map(worth, affordable)) - 1e-8
+
+
+def test_copies_count_peers_not_spans():
+    first = candidate(1, Span(0, 1), Span(1, 2))
+    assert copies(snapshot(first, candidate(2, Span(1, 1))), 4) == [1, 2, 1, 0]
