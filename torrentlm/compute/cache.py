@@ -37,18 +37,18 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
 
     def _show(self, length: int) -> None:
         self._length = length
-        self.keys = self._all_keys[:, :, :length]
-        self.values = self._all_values[:, :, :length]
+        self.keys = self._all_keys.narrow(2, 0, length)
+        self.values = self._all_values.narrow(2, 0, length)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, end = self._length, self._length + key_states.shape[-2]
-        self._all_keys[:, :, start:end] = key_states
-        self._all_values[:, :, start:end] = value_states
-        self._show(end)
+        start, new = self._length, key_states.shape[2]
+        self._all_keys.narrow(2, start, new).copy_(key_states)
+        self._all_values.narrow(2, start, new).copy_(value_states)
+        self._show(start + new)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 
 from torrentlm.compute.border import Border, BorderShape, Logits, rebuild, replace_at, tensors_at, to_dtype
 from torrentlm.compute.cache import SpanCache
+from torrentlm.compute.lean import make_lean
 from torrentlm.compute.skeleton import build_skeleton, first_line
 from torrentlm.compute.split import Split, find_layer_stack, forward_arguments, named_weights
 from torrentlm.compute.weights import BlockFiles, Weights, attach_weights
@@ -66,6 +67,7 @@ class SpanRunner:
         self._running = threading.Lock()
         self._step: _Step
         self._swap_layers(find_layer_stack(self._model)[1])
+        make_lean(self._model)
 
     # Sessions
 
