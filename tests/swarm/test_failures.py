@@ -1,0 +1,139 @@
+"""What a person meets on the first day: each is one sentence, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import torrentlm
+from tests.e2e import checkpoint
+from tests.e2e.processes import Seed, run
+from torrentlm.manifest.magnet import Magnet
+
+PROMPT = "The swarm hums"
+
+
+@dataclass
+class Published:
+    """A tiny model's publisher, running, which serves nothing itself."""
+
+    folder: Path
+    checkpoint: Path
+    magnet: str
+    publisher: Seed
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
+    folder = tmp_path_factory.mktemp("failures")
+    source = checkpoint.make(folder / "checkpoint")
+    recipe = folder / "model.toml"
+    recipe.write_text(f'[model]\nname = "Tiny"\n\n[model.source]\nfolder = "{source}"\n')
+    with Seed(str(recipe), folder / "publisher", "--blocks", "none") as publisher:
+        yield Published(folder, source, publisher.wait_for("ready")["magnet"], publisher)
+
+
+def one_sentence(found: subprocess.CompletedProcess[str]) -> str:
+    assert found.returncode == 1
+    assert found.stderr.count("\n") == 1 and "Traceback" not in found.stderr
+    return found.stderr
+
+
+def connect(magnet: str, folder: Path) -> torrentlm.Model:
+    return torrentlm.connect(magnet, data=folder, port=0, dht_bootstrap=["none"])
+
+
+def test_a_holder_killed_in_mid_answer(published: Published, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        first = stack.enter_context(Seed(published.magnet, tmp_path / "1", "--blocks", "0-2"))
+        second = stack.enter_context(Seed(published.magnet, tmp_path / "2", "--blocks", "3-5"))
+        first.wait_for("ready")
+        magnet = second.wait_for("ready")["magnet"]
+        with connect(magnet, tmp_path / "client") as model:
+            pieces = model.generate(PROMPT, max_new_tokens=490, stream=True)
+            next(iter(pieces))
+            second.process.kill()
+            with pytest.raises(torrentlm.HolderLostError, match=r"holder at 127\.0\.0\.1:\d+ \(blocks 3-5\)"):
+                list(pieces)
+            third = stack.enter_context(Seed(published.magnet, tmp_path / "3", "--blocks", "3-5"))
+            third.wait_for("ready")
+            model.generate(PROMPT, max_new_tokens=12)
+            assert model.last is not None
+            assert list(model.last.tokens) == checkpoint.greedy(published.checkpoint, PROMPT, 12)
+
+
+def test_a_corrupt_block_file_is_found_and_fetched_again(published: Published, tmp_path: Path) -> None:
+    with Seed(published.magnet, tmp_path / "holder", "--blocks", "0-5") as holder:
+        holder.wait_for("ready")
+        assert holder.end() == 0
+    for path in (tmp_path / "holder" / "blocks").iterdir():
+        good = path.read_bytes()
+        middle = len(good) // 2
+        path.write_bytes(
+            good[:middle] + bytes(byte ^ 0xFF for byte in good[middle : middle + 64]) + good[middle + 64 :]
+        )
+    with Seed(published.magnet, tmp_path / "holder", "--blocks", "0-5") as holder:
+        magnet = holder.wait_for("ready")["magnet"]
+        for path in (tmp_path / "holder" / "blocks").iterdir():
+            assert path.read_bytes() == (published.folder / "publisher" / "blocks" / path.name).read_bytes()
+        with connect(magnet, tmp_path / "client") as model:
+            model.generate(PROMPT, max_new_tokens=12)
+            assert model.last is not None
+            assert list(model.last.tokens) == checkpoint.greedy(published.checkpoint, PROMPT, 12)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
+def test_a_full_disk(published: Published, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    # Room for everything but the blocks, which take about 300 kB.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], check=True)
+    try:
+        with Seed(published.magnet, small / "data", "--blocks", "0-5") as holder:
+            assert holder.process.wait(60) == 1
+            log = tmp_path / "log"
+            shutil.copy(small / "data.log", log)
+        text = log.read_text()
+        assert "disk full" in text and text.count("\n") == 1 and "Traceback" not in text
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_wrong_magnet(published: Published, tmp_path: Path) -> None:
+    port = Magnet.parse(published.magnet).peers[0]
+    wrong = f"magnet:?xt=urn:btih:{'ab' * 20}&xt=urn:btmh:1220{'cd' * 32}&dn=Wrong&x.pe={port}"
+    command = ("generate", wrong, "--prompt", PROMPT, "--data", str(tmp_path), "--dht-bootstrap", "none")
+    assert "no peer sent this model's manifest" in one_sentence(run(*command))
+
+
+@pytest.mark.parametrize(
+    "text", ["magnet:?dn=nothing", "magnet:?xt=urn:btih:zz", f"magnet:?xt=urn:btih:{'ab' * 20}", "magnet:?"]
+)
+def test_no_magnet_at_all(text: str, tmp_path: Path) -> None:
+    assert "magnet" in one_sentence(run("generate", text, "--prompt", PROMPT, "--data", str(tmp_path)))
+
+
+def test_two_nodes_do_not_share_a_data_folder(published: Published, tmp_path: Path) -> None:
+    found = run("seed", published.magnet, "--data", str(published.folder / "publisher"), "--dht-bootstrap", "none")
+    assert "in use by another node" in one_sentence(found)
+
+
+def test_blocks_that_the_model_does_not_have(published: Published, tmp_path: Path) -> None:
+    found = run(
+        "seed", published.magnet, "--data", str(tmp_path), "--blocks", "3-9", "--port", "0", "--dht-bootstrap", "none"
+    )
+    assert "it has blocks 0-5" in one_sentence(found)
+
+
+def test_a_budget_too_small_for_any_block(published: Published, tmp_path: Path) -> None:
+    found = run(
+        "seed", published.magnet, "--data", str(tmp_path), "--ram", "1000", "--port", "0", "--dht-bootstrap", "none"
+    )
+    assert "does not hold even one block" in one_sentence(found)
