@@ -118,7 +118,7 @@ def test_ending_it_leaves_nobody(moment: str, number: signal.Signals, data: Path
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE) as demo,
     ):
         assert demo.stderr is not None
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 240
         while not has_come(output.read_text()):
             assert demo.poll() is None and time.monotonic() < deadline, demo.stderr.read()
             time.sleep(0.02)
