@@ -113,20 +113,23 @@ class Connection:
 
     async def run(self) -> None:
         """Until the connection is closed, for whatever reason; both sockets are closed then."""
+        stopped = True
         try:
             with self._scope:
-                async with trio.open_nursery() as nursery:
-                    self._nursery = nursery
-                    nursery.start_soon(self._ending, self._to_network)
+                async with trio.open_nursery() as self._nursery:
+                    self._nursery.start_soon(self._ending, self._to_network)
                     if self._client is not None and self._to_client is not None:
-                        nursery.start_soon(self._serve_client, self._client, self._to_client)
+                        self._nursery.start_soon(self._serve_client, self._client, self._to_client)
                     else:
                         offer = extended_message(0, bare_offer(self._pool.port))
                         self._outbox.put(Part(Kind.RUN, memoryview(offer)), offers=True)
                         self.pump()
                     await self._read_network()
-                    nursery.cancel_scope.cancel()
+                    self._nursery.cancel_scope.cancel()
+            stopped = False
         finally:
+            if stopped:
+                self._pool.say_goodbye()
             self._remote.close()
             if self._client is not None:
                 self._client.close()

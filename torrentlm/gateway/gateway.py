@@ -115,13 +115,14 @@ class Gateway:
                 self.endpoint, self._pool.port = ports.endpoint, ports.endpoint.port
                 self.proxy = socks.make_proxy(inner.getsockname()[1])
                 self._relay = DatagramRelay(ports.udp, self._policy)
-                async with trio.open_nursery() as self._nursery:
-                    self._nursery.start_soon(self._pool.run)
+                async with trio.open_nursery() as nursery:
+                    self._nursery = self._pool.nursery = nursery
                     self._nursery.start_soon(self._relay.run)
                     self._nursery.start_soon(self._accept_peers, ports)
                     self._nursery.start_soon(self._accept_client, inner)
                     task_status.started()
         finally:
+            self._pool.close()
             ports.close()
 
     # -- from the network --------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Pool:
         """Where this node listens, as told to peers."""
         self.pipes: dict[NodeKey, Pipe] = {}
         self.nursery: trio.Nursery
+        """The gateway's, in which the pipes' tasks live."""
         self._opened, self.incoming = trio.open_memory_channel[Pipe](math.inf)
         self._identity = identity
         self._verify = verify
@@ -55,15 +56,15 @@ class Pool:
         self._software = f"torrentlm/{version('torrentlm')}"
         self._connections: dict[int, Connection] = {}  # those with a carrier, by number
 
-    async def run(self) -> None:
-        """Service: the pipes' own tasks live here. On the way out every peer is told."""
-        try:
-            async with trio.open_nursery() as self.nursery:
-                await trio.sleep_forever()
-        finally:
-            for pipe in tuple(self.pipes.values()):
-                pipe.close(ByeCode.SHUTDOWN, "this node is shutting down")
-            self._opened.close()
+    def say_goodbye(self) -> None:
+        """The gateway is being stopped: tell every peer while there are connections. Idempotent."""
+        for pipe in tuple(self.pipes.values()):
+            pipe.close(ByeCode.SHUTDOWN, "the node is shutting down")
+
+    def close(self) -> None:
+        """No pipe will be made any more: ``incoming`` ends."""
+        self.say_goodbye()
+        self._opened.close()
 
     def find(self, endpoint: Endpoint) -> Pipe | None:
         """The pipe with the node that listens there."""

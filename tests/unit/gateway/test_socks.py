@@ -113,7 +113,9 @@ def test_other_datagrams_are_refused_with_a_reason(data: bytes) -> None:
     assert data.endswith(rest) and 0 <= target.port < 65536
 
 
-@pytest.mark.parametrize("datagram", [b"", b"\0\0\1" + pack_endpoint(Endpoint("127.0.0.1", 1)), b"\0\0\0\x07" + bytes(20)])
+@pytest.mark.parametrize(
+    "datagram", [b"", b"\0\0\1" + pack_endpoint(Endpoint("127.0.0.1", 1)), b"\0\0\0\x07" + bytes(20)]
+)
 def test_fragments_and_strangers(datagram: bytes) -> None:
     with pytest.raises(ValueError, match="."):
         unwrap_datagram(datagram)
