@@ -18,7 +18,6 @@ import trio
 
 from torrentlm.client.generation import GenerationResult, Options, RouteHop
 from torrentlm.client.model import ChatSession, StepSession
-from torrentlm.compute.border import unpack
 from torrentlm.config import Settings, load
 from torrentlm.node.client import SwarmClient, open_client
 from torrentlm.node.seed import seed
@@ -246,6 +245,8 @@ class Session:
         HolderLostError.
         """
         want = Want.LOGITS_LAST if last_only else Want.LOGITS_ALL
+        from torrentlm.compute.border import unpack  # torch, which only this call needs
+
         return unpack(self._portal.run(lambda: self._steps.step(ids, position, want, reorder)))
 
     def close(self) -> None:

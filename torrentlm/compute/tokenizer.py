@@ -1,4 +1,7 @@
-"""A model's tokenizer and the tokens that end its texts, from the files that the model torrent carries."""
+"""A model's tokenizer, the tokens that end its texts and how long these may be, from the model torrent's small files.
+
+Needs no torch: clients have this and no weights.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_SETTINGS = 1 << 20
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes that tokenizer.json describes completely. AutoTokenizer would choose the same, after importing torch."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``, never code that comes with it. Raises ArtifactError if there is none that can be
     read.
     """
-    from transformers import AutoTokenizer
-
+    named = _settings(folder / "tokenizer_config.json").get("tokenizer_class")
+    if named in _GENERIC and (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+    else:
+        from transformers import AutoTokenizer as Tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = Tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ArtifactError(
@@ -38,6 +46,14 @@ def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
         if all(type(token) is int for token in ids):
             return tuple(ids)
     return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+
+
+def context_length(folder: Path) -> int | None:
+    """The longest text in tokens that the model is made for, if its config.json says."""
+    settings = _settings(folder / "config.json")
+    text = settings.get("text_config")
+    found = (text if isinstance(text, dict) else settings).get("max_position_embeddings")
+    return found if type(found) is int else None
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from typing import Any
 import trio
 
 from torrentlm.client.model import ModelClient
-from torrentlm.compute.skeleton import read_config
-from torrentlm.compute.tokenizer import load_tokenizer, stop_tokens
+from torrentlm.compute.tokenizer import context_length, load_tokenizer, stop_tokens
 from torrentlm.config import Settings
 from torrentlm.errors import ConfigError, FolderInUseError, StorageError
 from torrentlm.manifest.magnet import Magnet
@@ -90,5 +89,4 @@ def _first_free_store(data: Path) -> Store:
 
 def _text_side(folder: Path) -> tuple[Any, tuple[int, ...], int | None]:
     tokenizer = load_tokenizer(folder)
-    limit = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
-    return tokenizer, stop_tokens(folder, tokenizer), limit if isinstance(limit, int) else None
+    return tokenizer, stop_tokens(folder, tokenizer), context_length(folder)

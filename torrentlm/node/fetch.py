@@ -12,6 +12,7 @@ from torrentlm.errors import ArtifactError
 from torrentlm.manifest.manifest import FileEntry, Manifest
 from torrentlm.node.parts import Parts
 from torrentlm.node.peers import ModelPeers
+from torrentlm.records import Span, spans_of
 from torrentlm.swarm.transfer import Transfer
 
 FEED_EVERY_S = 1.0
@@ -43,6 +44,11 @@ class BlockFiles:
         store = self._parts.store
         blocks = range(len(self._manifest.blocks))
         return [block for block in blocks if all(store.holds(file.name) for file in self._manifest.block_files(block))]
+
+    def paths(self, span: Span) -> dict[str, Path]:
+        """Where the files of ``span`` lie, by name."""
+        files = self._manifest.span_files(span.first, span.last)
+        return {file.name: self._parts.store.path(file.name) for file in files}
 
     def seed_what_is_here(self) -> None:
         """Start the torrents of every complete file, fetched by an earlier session or published just now."""
@@ -77,9 +83,7 @@ class BlockFiles:
         self._announce(file)
         self._peers.publish(held=self._spans())
 
-    def _spans(self) -> object:
-        from torrentlm.records import spans_of
-
+    def _spans(self) -> tuple[Span, ...]:
         return spans_of(self.held())
 
     def _start(self, file: FileEntry, *, verified: bool) -> Transfer:

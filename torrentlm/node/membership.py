@@ -11,9 +11,7 @@ from pathlib import Path
 
 import trio
 
-from torrentlm.compute.device import Device
 from torrentlm.errors import ArtifactError, ConfigError, NetworkError
-from torrentlm.holder.model import HeldModel
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import FILE_NAME, Manifest
 from torrentlm.node.fetch import BlockFiles
@@ -127,24 +125,7 @@ class Membership:
             while (snapshot := self.snapshot()).answered == 0 or snapshot.answered < snapshot.known:  # noqa: ASYNC110
                 await trio.sleep(FEED_EVERY_S)
 
-    async def hold(self, span: Span, device: Device) -> HeldModel:
-        """Fetch what is missing of ``span``, load it, and return it ready to serve."""
+    async def fetch(self, span: Span) -> None:
+        """Get what is missing of ``span``. Raises StorageError, ArtifactError."""
         self.peers.publish(claimed=(span,))
-        files = self.manifest.span_files(span.first, span.last)
-        await self.files.fetch(files)
-        paths = {file.name: self._parts.store.path(file.name) for file in files}
-        self._parts.say({"event": "progress", "what": "loading", "done": 0, "total": 1, "rate": 0})
-        return await trio.to_thread.run_sync(
-            HeldModel,
-            self.id,
-            self.manifest,
-            self.folder,
-            paths,
-            span,
-            self._parts.config.precision,
-            device.torch_device,
-        )
-
-    def serve(self, model: HeldModel, device: Device) -> None:
-        """Tell everybody that ``model``'s span is resident here."""
-        self.peers.publish(resident=(model.span,), claimed=(), precision=model.precision, device=device.name[:64])
+        await self.files.fetch(self.manifest.span_files(span.first, span.last))

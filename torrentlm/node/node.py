@@ -12,37 +12,37 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
-from torrentlm.compute.device import Device
 from torrentlm.config import NodeConfig
 from torrentlm.errors import NetworkError
 from torrentlm.gateway.gateway import Gateway
 from torrentlm.gateway.pipe import Pipe
-from torrentlm.holder.service import Holder
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.membership import Membership
-from torrentlm.node.memory import kv_budget
 from torrentlm.node.parts import Parts, Say
 from torrentlm.records import Endpoint, InfoHash, NodeKey, SessionId
 from torrentlm.structured import single_error
 from torrentlm.swarm.session import Swarm
 from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP
 from torrentlm.swarm.store import Store
-from torrentlm.wire.messages import Fail, Message, NextHop, Opened, Output, Peers, Record, Token
+from torrentlm.wire.messages import Fail, Message, NextHop, Open, Opened, Output, Peers, Record, Token
+
+if TYPE_CHECKING:
+    from torrentlm.node.computing import Computing
 
 
 class Node:
     """Made by :func:`open_node`. It is the holder's Outbox and the client's Links."""
 
-    def __init__(self, parts: Parts, nursery: trio.Nursery, device: Device) -> None:
+    def __init__(self, parts: Parts, nursery: trio.Nursery) -> None:
         self.parts = parts
         self.key: NodeKey = parts.key
-        self.device = device
-        self.holder = Holder(parts.key, self, device, kv_budget=kv_budget(parts.config), changed=self._sessions_changed)
         self.memberships: dict[bytes, Membership] = {}
         self._nursery = nursery
+        self._computing: Computing | None = None
         self._listeners: dict[SessionId, trio.MemorySendChannel[Message]] = {}
 
     @property
@@ -62,10 +62,28 @@ class Node:
     async def hold(self, membership: Membership) -> None:
         """Hold the blocks that the settings ask for, and serve them."""
         span = await membership.choose()
-        if span is not None:
-            model = await membership.hold(span, self.device)
-            self.holder.hold(model)
-            membership.serve(model, self.device)
+        if span is None:
+            return
+        with single_error():
+            async with trio.open_nursery() as nursery:  # imports take seconds, which fetching can use
+                nursery.start_soon(membership.fetch, span)
+                nursery.start_soon(self._compute)
+        computing = await self._compute()
+        self.parts.say({"event": "progress", "what": "loading", "done": 0, "total": 1, "rate": 0})
+        await computing.load(membership, span)
+
+    async def _compute(self) -> Computing:
+        """The computing part, started when first needed."""
+        if self._computing is None:
+            make = await trio.to_thread.run_sync(_import_computing)
+            self._computing = make(self.key, self.parts.config, self, self._sessions_changed)
+            await self._nursery.start(self._computing.holder.run)
+        return self._computing
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that this node serves now."""
+        return 0 if self._computing is None else self._computing.holder.sessions
 
     # -- Outbox and Links
 
@@ -139,11 +157,21 @@ class Node:
             except (trio.WouldBlock, trio.BrokenResourceError):
                 self._listeners.pop(message.session)  # a client that does not read loses its tokens, nobody else's
             return
-        await self.holder.handle(sender, message)
+        if self._computing is not None:
+            await self._computing.holder.handle(sender, message)
+        elif isinstance(message, Open):
+            refusal = Fail(message.session, message.epoch, "no_block", "this peer serves no blocks", message.first)
+            await self.send(sender, refusal, message.session)
 
     def _sessions_changed(self) -> None:
         for membership in self.memberships.values():
-            membership.peers.publish(sessions=self.holder.sessions)
+            membership.peers.publish(sessions=self.sessions)
+
+
+def _import_computing() -> type[Computing]:
+    from torrentlm.node.computing import Computing
+
+    return Computing
 
 
 @asynccontextmanager
@@ -164,8 +192,7 @@ async def open_node(
             await nursery.start(swarm.run)
             gateway.torrents = swarm
             parts = Parts(identity.node, config, store, swarm, gateway, say)
-            node = Node(parts, nursery, Device(threads=config.threads))
-            await nursery.start(node.holder.run)
+            node = Node(parts, nursery)
             nursery.start_soon(node.serve_pipes)
             try:
                 yield node

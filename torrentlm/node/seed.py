@@ -15,8 +15,9 @@ from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.membership import Membership
 from torrentlm.node.node import Node, open_node
 from torrentlm.node.parts import Say
-from torrentlm.publish.publish import publish
+from torrentlm.publish.published import Progress, Published, recognise
 from torrentlm.records import Endpoint
+from torrentlm.swarm.store import Store
 
 WATCH_EVERY_S = 1.0
 ANY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104  # to compare with
@@ -52,9 +53,19 @@ async def _publish(node: Node, recipe: Recipe, say: Say) -> Magnet:
         event = {"event": "progress", "what": f"publishing {what}", "done": done, "total": total}
         trio.from_thread.run_sync(say, event)  # also where a cancelled publishing ends
 
-    published = await trio.to_thread.run_sync(publish, recipe, node.parts.store, progress)
+    published = await trio.to_thread.run_sync(_publish_in_thread, recipe, node.parts.store, progress)
     say({"event": "published", "name": published.manifest.name, "magnet": str(published.magnet)})
     return published.magnet
+
+
+def _publish_in_thread(recipe: Recipe, store: Store, progress: Progress) -> Published:
+    """What an earlier run published is recognised without torch, whose import takes seconds."""
+    known = recognise(recipe, store)
+    if known is not None:
+        return known
+    from torrentlm.publish.publish import publish
+
+    return publish(recipe, store, progress)
 
 
 def _ready(node: Node, membership: Membership) -> dict[str, Any]:
@@ -95,9 +106,9 @@ async def _watch(node: Node, membership: Membership, say: Say) -> None:
         for peer in known.keys() - now.keys():
             say({"event": "peer", "peer": peer, "connected": False})
         known = now
-        if node.holder.sessions != sessions:
-            state = "open" if node.holder.sessions > sessions else "closed"
-            sessions = node.holder.sessions
+        if node.sessions != sessions:
+            state = "open" if node.sessions > sessions else "closed"
+            sessions = node.sessions
             say({"event": "session", "state": state, "sessions": sessions})
         transfers = node.parts.swarm.transfers
         rates = (

@@ -13,7 +13,7 @@ import errno
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,16 +33,10 @@ from torrentlm.publish.convert import TORCH_DTYPES, converted
 from torrentlm.publish.gguf_file import GGUFFile
 from torrentlm.publish.payload import to_json
 from torrentlm.publish.plan import Plan, plan
-from torrentlm.publish.published import Published, recall, record_of, remember
-from torrentlm.publish.source import Location, Source, locate, unreadable
+from torrentlm.publish.published import Progress, Published, look_up, recall, remember
+from torrentlm.publish.source import Location, Source
 from torrentlm.publish.writer import write_block
 from torrentlm.swarm.store import Store, disk_full, storage_error
-
-Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all (1 until that is known), and what is being done.
-
-What it raises ends the publishing, cleanly.
-"""
 
 
 def publish(recipe: Recipe, store: Store, progress: Progress | None = None) -> Published:
@@ -52,26 +46,13 @@ def publish(recipe: Recipe, store: Store, progress: Progress | None = None) -> P
     they come from. Raises ConfigError (no such source), ArtifactError (a broken checkpoint), UnsupportedModelError, or
     StorageError (disk full, not writable); whatever it raises, nothing half-published is left.
     """
-    location, record = _look_up(recipe, store)
+    location, record = look_up(recipe, store.data)
     if known := recall(record, store):
         return known
     with _staging(store) as staging:
         published = _publish(recipe, location, store, staging, progress or (lambda done, total, what: None))
         remember(record, published)
         return published
-
-
-def recognise(recipe: Recipe, store: Store) -> Published | None:
-    """What an earlier run published from this recipe, if all of it is still there and unchanged. Raises as publish."""
-    return recall(_look_up(recipe, store)[1], store)
-
-
-def _look_up(recipe: Recipe, store: Store) -> tuple[Location, Path]:
-    location = locate(recipe)
-    try:
-        return location, record_of(recipe, location, store.data)
-    except OSError as error:
-        raise unreadable(location.path, error) from error
 
 
 @contextmanager

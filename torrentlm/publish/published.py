@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torrentlm.errors import ArtifactError
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import FILE_NAME, Manifest
 from torrentlm.manifest.torrent import Torrent, multi_file
-from torrentlm.publish.source import Location, locate
+from torrentlm.publish.source import Location, locate, unreadable
 from torrentlm.swarm.store import Store
 
 FORMAT = 1
@@ -37,6 +38,30 @@ class Published:
         return Magnet(self.model.v1, self.model.v2, self.model.name)
 
 
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all (1 until that is known), and what is being done.
+
+What it raises ends the publishing, cleanly.
+"""
+
+
+def recognise(recipe: Recipe, store: Store) -> Published | None:
+    """What an earlier run published from this recipe, if all of it is still there and unchanged.
+
+    Raises ConfigError (no such source), ArtifactError.
+    """
+    return recall(look_up(recipe, store.data)[1], store)
+
+
+def look_up(recipe: Recipe, data: Path) -> tuple[Location, Path]:
+    """Where the source lies, and the record of what it was published as. Raises ConfigError, ArtifactError."""
+    location = locate(recipe)
+    try:
+        return location, record_of(recipe, location, data)
+    except OSError as error:
+        raise unreadable(location.path, error) from error
+
+
 def record_of(recipe: Recipe, location: Location, data: Path) -> Path:
     """The file that says what this recipe was published as, as long as its source does not change. Raises OSError."""
     key = json.dumps([FORMAT, asdict(recipe), location.path, location.stamps()], default=str, sort_keys=True)
@@ -57,9 +82,9 @@ def magnet_of(recipe: Recipe, data: Path) -> Magnet | None:
     Only reads, so that it works beside the node that has the folder. Raises ConfigError (no such source)
     and ArtifactError.
     """
-    location = locate(recipe)
+    _, record = look_up(recipe, data)
     try:
-        v2 = record_of(recipe, location, data).read_text()
+        v2 = record.read_text()
         encoded = (data / "torrents" / f"{v2}.torrent").read_bytes()
     except OSError:
         return None

@@ -19,8 +19,8 @@ from torrentlm.manifest.canonical import read_canonical
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.manifest.torrent import Torrent, pieces_root
 from torrentlm.publish import publish as publishing
-from torrentlm.publish.publish import publish, recognise
-from torrentlm.publish.published import Published
+from torrentlm.publish.publish import publish
+from torrentlm.publish.published import Published, recognise
 from torrentlm.records import Span
 from torrentlm.swarm.store import Store
 

@@ -1,0 +1,49 @@
+"""The part of a node that computes: its device, its holder, and how blocks get into them.
+
+Importing this imports torch and transformers, which takes seconds; nodes that only seed or chat never do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from torrentlm.compute.device import Device
+from torrentlm.config import NodeConfig
+from torrentlm.holder.model import HeldModel
+from torrentlm.holder.service import Holder, Outbox
+from torrentlm.node.membership import Membership
+from torrentlm.node.memory import kv_budget
+from torrentlm.records import NodeKey, Span
+
+MAX_DEVICE_NAME = 40
+
+
+class Computing:
+    """One device and the holder that uses it. ``changed`` is called whenever a session opens or ends."""
+
+    def __init__(self, key: NodeKey, config: NodeConfig, outbox: Outbox, changed: Callable[[], None]) -> None:
+        self.device = Device(threads=config.threads)
+        self.holder = Holder(key, outbox, self.device, kv_budget=kv_budget(config), changed=changed)
+        self._precision = config.precision
+
+    async def load(self, membership: Membership, span: Span) -> None:
+        """Load blocks whose files are here, serve them, and tell everybody.
+
+        Raises ArtifactError, UnsupportedModelError.
+        """
+        model = await trio.to_thread.run_sync(
+            HeldModel,
+            membership.id,
+            membership.manifest,
+            membership.folder,
+            membership.files.paths(span),
+            span,
+            self._precision,
+            self.device.torch_device,
+        )
+        self.holder.hold(model)
+        membership.peers.publish(
+            resident=(span,), claimed=(), precision=model.precision, device=self.device.name[:MAX_DEVICE_NAME]
+        )
