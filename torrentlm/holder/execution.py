@@ -18,6 +18,8 @@ from torrentlm.wire.ids import extent_of, ids_tensor
 from torrentlm.wire.messages import Generate, Open, Step, Want
 from torrentlm.wire.tensors import Tensor
 
+MAX_ORDERS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -48,7 +50,7 @@ class Execution:
         self._max_length = opened.max_length
         self.kv_bytes = self._runner.cache_bytes(opened.batch, opened.max_length)
         self._cache = self._runner.open(opened.batch, opened.max_length, opened.pads)
-        self._order: Generate | None = None
+        self._orders: dict[int, Generate] = {}
         self._head_run: HeadRun | None = None
 
     @property
@@ -56,12 +58,13 @@ class Execution:
         return self.span.last == self._model.last_block
 
     def order(self, order: Generate) -> None:
-        """What to sample in an epoch; a newer one replaces it."""
-        if self._order is None or order.epoch > self._order.epoch:
-            self._order = order
+        """What to sample in an epoch. The device may still be busy with an older one, so a few are kept."""
+        self._orders[order.epoch] = order
+        for epoch in sorted(self._orders)[:-MAX_ORDERS]:
+            del self._orders[epoch]
 
     def needs_order(self, step: Step) -> bool:
-        return self._emits(step) and (self._order is None or self._order.epoch < step.epoch)
+        return self._emits(step) and step.epoch not in self._orders
 
     def _emits(self, step: Step) -> bool:
         return self.is_head and step.want == Want.SAMPLE and step.position + extent_of(step)[1] > step.emit_from
@@ -90,8 +93,8 @@ class Execution:
         return Result(output=to_wire(result)[0])
 
     def _run_of(self, epoch: int) -> HeadRun:
-        order = self._order
-        if order is None or order.epoch != epoch:
+        order = self._orders.get(epoch)
+        if order is None:
             raise RefusedError("the head was told to sample in another epoch", "bad_request")
         if self._head_run is None or self._head_run.order is not order:
             tokenizer = self._model.tokenizer if order.stop.strings else None

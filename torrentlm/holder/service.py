@@ -65,7 +65,12 @@ class _Live:
     kv_bytes: int
     queue: trio.MemorySendChannel[Step]
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    ordered: trio.Event = field(default_factory=trio.Event)
+    changed: trio.Event = field(default_factory=trio.Event)
+
+    def wake(self) -> None:
+        """An order or a halt came: whoever waits for either looks again."""
+        self.changed.set()
+        self.changed = trio.Event()
 
 
 class Holder:
@@ -126,8 +131,7 @@ class Holder:
                 await self._step(sender, message)
             case Generate() if live := self._of_client(sender, message.session):
                 live.execution.order(message)
-                live.ordered.set()
-                live.ordered = trio.Event()
+                live.wake()
             case Halt():
                 await self._halt(sender, message)
             case Renew():
@@ -233,47 +237,50 @@ class Holder:
         live = self._live.get(message.session)
         if live is None or not live.session.may_send_steps(sender) or not live.session.halt(message.epoch):
             return
+        live.wake()
         # From the head around the ring: the stop passes every holder once and ends where it began.
         hop = live.session.next
         if hop is not None and not live.execution.is_head:
             await self._tell(hop.node, Halt(hop.session, message.epoch), hop.session)
 
     async def _serve(self, live: _Live, steps: trio.MemoryReceiveChannel[Step]) -> None:
-        session = live.session
-        epoch = session.epoch
         try:
             with live.scope:
                 async for step in steps:
-                    epoch = step.epoch
-                    if session.is_stale(epoch):
+                    if live.session.is_stale(step.epoch):
                         continue
-                    await self._await_order(live, step)
-                    result = await self._device.run(live.execution.run, step)
-                    if not session.is_stale(epoch):
-                        await self._deliver(live, step, result)
-        except NetworkError as error:
-            await self._fail(live, epoch, "lost_next", str(error))
-        except TorrentLMError as error:
-            code = error.code if isinstance(error, RefusedError) else "bad_request"
-            await self._fail(live, epoch, code, str(error))
-        except MemoryError:
-            await self._fail(
-                live, epoch, "memory", "this holder ran out of memory: close a session or choose another holder"
-            )
-        except Exception:
-            # The one place where a bug in a model's forward must not take the other sessions with it.
-            log.exception("session %s failed", session.id.hex()[:8])
-            await self._fail(live, epoch, "internal", "this holder failed while it ran the step: its log says why")
+                    failure = await self._advance(live, step)
+                    if failure is not None and not live.session.is_stale(step.epoch):
+                        await self._fail(live, step.epoch, *failure)
         finally:
             steps.close()
             self._end(live)
+
+    async def _advance(self, live: _Live, step: Step) -> tuple[str, str] | None:
+        """Run one step and send on what it gave; a failure's code and sentence if that cannot be."""
+        try:
+            await self._await_order(live, step)
+            result = await self._device.run(live.execution.run, step)
+            if not live.session.is_stale(step.epoch):
+                await self._deliver(live, step, result)
+        except NetworkError as error:
+            return "lost_next", str(error)
+        except TorrentLMError as error:
+            return error.code if isinstance(error, RefusedError) else "bad_request", str(error)
+        except MemoryError:
+            return "memory", "this holder ran out of memory: close a session or choose another holder"
+        except Exception:
+            # The one place where a bug in a model's forward must not take the other sessions with it.
+            log.exception("session %s failed", live.session.id.hex()[:8])
+            return "internal", "this holder failed while it ran the step: its log says why"
+        return None
 
     async def _await_order(self, live: _Live, step: Step) -> None:
         if not live.execution.needs_order(step):
             return
         with trio.move_on_after(GENERATE_WAIT_S):
             while live.execution.needs_order(step) and not live.session.is_stale(step.epoch):
-                await live.ordered.wait()
+                await live.changed.wait()
         if live.execution.needs_order(step) and not live.session.is_stale(step.epoch):
             raise RefusedError("the head was never told what to sample", "bad_request")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.unit.holder.chain import Chain, open_chain, publish_model, save_model
 from torrentlm.client.session import RemoteSession
 from torrentlm.compute.border import unpack
 from torrentlm.errors import HolderLostError, LocalProtocolError, RefusedError
+from torrentlm.holder.execution import Execution, Result
 from torrentlm.publish.published import Published
 from torrentlm.records import Sampling, SessionId, Span, Stop
 from torrentlm.structured import single_error
@@ -156,6 +158,31 @@ def test_leaving_early_cancels_and_the_session_goes_on(tiny: Tiny) -> None:
             assert seen == tiny.greedy(PROMPT, 3)
             again = ids_of(await generate(session, [seen[-1]], 6, position=len(PROMPT) + 2))
         assert again == tiny.greedy([*PROMPT, *seen], 6)
+
+    run(tiny, body)
+
+
+def test_a_new_turn_at_once_after_a_cancel_finds_the_session_alive(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head may still compute a step of the run that was cancelled when it is told what to sample in the next."""
+    expected = tiny.greedy(PROMPT, 3)
+    whole = Execution.run
+
+    def slowly(self: Execution, step: Step) -> Result:
+        if self.is_head:
+            time.sleep(0.1)
+        return whole(self, step)
+
+    monkeypatch.setattr(Execution, "run", slowly)
+
+    async def body(chain: Chain) -> None:
+        async with session_on(chain, tiny.id) as session:
+            for _ in range(3):
+                steps = session.generate([PROMPT], position=0, max_new_tokens=100, sampling=Sampling(), stop=Stop())
+                assert (await anext(steps)).tokens[0] == expected[0]
+                await trio.sleep(0.03)  # the next token's step is at the head now
+                await steps.aclose()
+            assert ids_of(await generate(session, PROMPT, 3, position=0)) == expected
+            assert all(holder.sessions == 1 for holder in chain.holders.values())
 
     run(tiny, body)
 
