@@ -154,6 +154,15 @@ def test_a_left_padded_batch_of_two(model: torrentlm.Model, reference: Reference
     assert tokens == whole[:, len(long) :].tolist()
 
 
+def test_a_stop_string_ends_the_answer_before_it(model: torrentlm.Model) -> None:
+    whole = model.generate(PROMPTS[0], max_new_tokens=64)
+    assert "scatter" in whole
+    cut = model.generate(PROMPTS[0], max_new_tokens=64, stop=["scatter"])
+    assert model.last is not None and model.last.finish == "stop_string"
+    assert cut == whole[: whole.index("scatter")]
+    assert len(model.last.tokens) < 64
+
+
 def test_a_text_too_long_is_refused(model: torrentlm.Model) -> None:
     with pytest.raises(torrentlm.RefusedError, match="this model ends at 8192") as refused:
         model.generate("Hello", max_new_tokens=9000)

@@ -41,11 +41,9 @@ def run(runs: int, tokens: int = 64, dtype: str = "F32", threads: int = 0) -> di
         client = Path(folder, "client")
         model = stack.enter_context(torrentlm.connect(magnet, data=client, port=0, dht_bootstrap=["none"]))
         for number in range(runs + 1):
-            before = sum(holder.wire_bytes() for holder in holders) if number else 0
             model.generate(PROMPT, max_new_tokens=tokens)
             result = model.last
             assert result is not None
-            wire = sum(holder.wire_bytes() for holder in holders) - before
             theirs = whole.ask(prompt=PROMPT, tokens=tokens)
             if number:
                 reference.append(theirs)
@@ -53,10 +51,10 @@ def run(runs: int, tokens: int = 64, dtype: str = "F32", threads: int = 0) -> di
                     {
                         "tokens_per_second": result.tokens_per_second,
                         "time_to_first_token_s": result.time_to_first_token_s,
-                        "wire_bytes_per_token": wire / tokens,
                         "same_tokens": list(result.tokens) == theirs["tokens"],
                     }
                 )
+        wire = _wire_bytes_per_token(model, holders, tokens)
         memory = [pss_of(holder.pid) for holder in holders]
         baseline = pss_of(idle)
 
@@ -75,7 +73,7 @@ def run(runs: int, tokens: int = 64, dtype: str = "F32", threads: int = 0) -> di
         "same_tokens": all(result["same_tokens"] for result in ours),
         "time_to_first_token_s": median(ours, "time_to_first_token_s"),
         "reference_time_to_first_token_s": median(reference, "time_to_first_token_s"),
-        "wire_bytes_per_token": median(ours, "wire_bytes_per_token"),
+        "wire_bytes_per_token": round(wire),
         "holder_pss_MB": [round(value / 1e6) for value in memory],
         "idle_python_with_torch_pss_MB": round(baseline / 1e6),
         "runs": {
@@ -83,6 +81,17 @@ def run(runs: int, tokens: int = 64, dtype: str = "F32", threads: int = 0) -> di
             "reference": [result["tokens_per_second"] for result in reference],
         },
     }
+
+
+def _wire_bytes_per_token(model: torrentlm.Model, holders: list[_Holder], tokens: int) -> float:
+    """What one more token costs: the prompt's own bytes are in both terms of the difference."""
+
+    def cost(count: int) -> int:
+        before = sum(holder.wire_bytes() for holder in holders)
+        model.generate(PROMPT, max_new_tokens=count)
+        return sum(holder.wire_bytes() for holder in holders) - before
+
+    return (cost(tokens + 1) - cost(1)) / tokens
 
 
 class _Talker:

@@ -21,7 +21,7 @@ from torrentlm.holder.execution import Execution, Result
 from torrentlm.publish.published import Published
 from torrentlm.records import Sampling, SessionId, Span, Stop
 from torrentlm.structured import single_error
-from torrentlm.wire.ids import ids_tensor
+from torrentlm.wire.ids import extent_of, ids_tensor
 from torrentlm.wire.messages import Halt, Step, Token, Want
 
 THIRDS = [Span(0, 2), Span(3, 4), Span(5, 7)]
@@ -127,6 +127,19 @@ def test_a_stop_token_ends_the_run_and_reaches_every_holder(tiny: Tiny) -> None:
                     await trio.sleep(0.01)
         halted = [node for node, message in chain.sent if isinstance(message, Halt)]
         assert halted == [chain.hops[0].node, chain.hops[1].node, chain.hops[2].node]
+
+    run(tiny, body)
+
+
+def test_a_long_prompt_goes_in_chunks(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torrentlm.client.session.PREFILL_CHUNK", 4)
+    prompt = [(7 * number) % 90 + 3 for number in range(18)]
+
+    async def body(chain: Chain) -> None:
+        async with session_on(chain, tiny.id) as session:
+            assert ids_of(await generate(session, prompt, 8)) == tiny.greedy(prompt, 8)
+        to_last = [message for node, message in chain.sent if node == chain.hops[2].node and isinstance(message, Step)]
+        assert [extent_of(step)[1] for step in to_last] == [4, 4, 4, 4, 2, *[1] * 7]
 
     run(tiny, body)
 
