@@ -30,13 +30,16 @@ MASK = 0xFFFF_FFFF
 
 
 class Sampler:
-    """Picks one token per row and step. Raises RefusedError for settings that no warper takes."""
+    """Picks one token per row and step. Raises RefusedError for settings that no warper takes.
 
-    def __init__(self, sampling: Sampling, batch: int = 1) -> None:
+    ``pads[row]`` tokens at the start of a row's history are padding, which the repetition penalty passes over.
+    """
+
+    def __init__(self, sampling: Sampling, batch: int = 1, pads: Sequence[int] = ()) -> None:
         self._sampling = sampling
         self._history = torch.zeros((batch, 0), dtype=torch.long)
         try:
-            self._warpers = _warpers(sampling)
+            self._warpers = _warpers(sampling, torch.tensor(pads) if any(pads) else None)
         except ValueError as error:
             raise RefusedError(f"The sampling settings cannot be used: {error}", "bad_request") from error
 
@@ -45,7 +48,7 @@ class Sampler:
         if isinstance(ids, Tensor):
             ids = unpack(ids)
         more = torch.as_tensor(ids, dtype=torch.long)
-        if more.dim() != 2 or more.shape[0] != self._history.shape[0]:
+        if more.dim() != 2 or more.shape[0] != self._history.shape[0] or (more < 0).any():
             raise RefusedError("The history for the repetition penalty does not fit the batch.", "bad_request")
         self._history = torch.cat([self._history, more], dim=1)
 
@@ -56,12 +59,6 @@ class Sampler:
         scores = logits.to(device="cpu", dtype=torch.float32, copy=True)
         if scores.shape[0] != self._history.shape[0]:
             raise RefusedError("The batch has another number of rows than the sampler.", "bad_request")
-        if (
-            self._sampling.repetition_penalty != 1.0
-            and self._history.numel()
-            and self._history.max() >= scores.shape[1]
-        ):
-            raise RefusedError("The history names tokens that the model does not have.", "bad_request")
         warped: torch.Tensor = self._warpers(self._history, scores)
         return warped
 
@@ -108,11 +105,11 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def _warpers(sampling: Sampling) -> LogitsProcessorList:
+def _warpers(sampling: Sampling, pads: torch.Tensor | None) -> LogitsProcessorList:
     """Those of transformers' ``generate``, in its order."""
     warpers = LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
-        warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, pads))
     if sampling.greedy:
         return warpers
     if sampling.temperature != 1.0:

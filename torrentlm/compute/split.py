@@ -71,9 +71,9 @@ def analyse(config: PretrainedConfig) -> Split:
 
     Raises UnsupportedModelError, with the reason, for a model that cannot be cut exactly by these rules.
     """
-    model = build_skeleton(config, torch.float32)
-    if model.config.is_encoder_decoder:
+    if config.is_encoder_decoder:
         raise UnsupportedModelError("Encoder-decoder models cannot be split yet; choose a decoder-only model.")
+    model = build_skeleton(config, torch.float32)
     path, stack = find_layer_stack(model)
     names, tied = _name_weights(model)
     one, other = (_Probe(model, stack, names, batch, tokens) for batch, tokens in PROBES)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import trio
+
+from torrentlm.compute.device import Device
+from torrentlm.compute.threads import available_cores, prepare_environment
+from torrentlm.errors import ConfigError, LocalProtocolError
+
+
+async def in_trio_one_at_a_time() -> None:
+    device = Device()
+    running = most = 0
+    lock = threading.Lock()
+
+    def work(number: int) -> int:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        threading.Event().wait(0.01)
+        with lock:
+            running -= 1
+        assert threading.current_thread() is not threading.main_thread()
+        return number
+
+    results: list[int] = []
+
+    async def call(number: int) -> None:
+        results.append(await device.run(work, number))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(5):
+            nursery.start_soon(call, number)
+        await trio.testing.wait_all_tasks_blocked()
+        assert device.waiting == 4
+    assert (sorted(results), most) == ([0, 1, 2, 3, 4], 1)
+
+
+def test_one_forward_at_a_time_in_a_worker_thread() -> None:
+    trio.run(in_trio_one_at_a_time)
+
+
+def test_a_forward_is_not_left_half_way() -> None:
+    done = threading.Event()
+
+    async def main() -> None:
+        device = Device()
+        with trio.move_on_after(0.01) as scope:
+            await device.run(lambda: (threading.Event().wait(0.1), done.set()))
+        assert scope.cancelled_caught or done.is_set()
+
+    trio.run(main)
+    assert done.is_set()
+
+
+def test_names() -> None:
+    device = Device("cpu", threads=1)
+    assert torch.get_num_threads() == 1
+    assert device.name.startswith("cpu (") and "1 threads" in device.name
+    for name in ("cuda:7", "no such thing"):
+        with pytest.raises(ConfigError):
+            Device(name)
+
+
+def in_a_fresh_process(code: str, **environment: str) -> str:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "MKL_", "GOMP_"))}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    return run.stdout.strip()
+
+
+def test_the_environment_is_set_before_torch_reads_it() -> None:
+    code = (
+        "from torrentlm.compute.threads import prepare_environment; prepare_environment({}); import os, sys;"
+        "assert 'torch' not in sys.modules;"
+        "print(os.environ.get('OMP_NUM_THREADS'), os.environ.get('GOMP_SPINCOUNT') is not None);"
+        "import torch; print(torch.get_num_threads())"
+    )
+    assert in_a_fresh_process(code.format(1)) == "1 True\n1"
+    assert in_a_fresh_process(code.format("")).startswith(f"{available_cores()} True")
+    assert in_a_fresh_process(code.format(""), OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive") == "1 False\n1"
+
+
+def test_too_late_is_said() -> None:
+    with pytest.raises(LocalProtocolError):
+        prepare_environment()
