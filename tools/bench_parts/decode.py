@@ -27,7 +27,7 @@ PROMPT = "Once upon a time, in a small village by the sea, there lived"
 
 
 def run(runs: int, tokens: int = 64, dtype: str = "F32", threads: int = 0) -> dict[str, Any]:
-    """``tokens`` new tokens per run; the first run of each side warms up and does not count. ``threads`` 0: all cores."""
+    """``tokens`` new tokens per run; each side warms up with one run that is not counted. ``threads`` 0: all cores."""
     threads = threads or len(os.sched_getaffinity(0))
     recipe = find_recipe()
     gguf = locate(load(recipe).recipe).path  # type: ignore[arg-type]
@@ -169,9 +169,9 @@ def _holders(folder: Path, recipe: Path, dtype: str, threads: int) -> Iterator[t
             holder = _Holder(magnet, folder / str(number), "--blocks", span, *how)
             stack.callback(holder.end)
             holders.append(holder)
-        magnet = [holder.wait_ready()["magnet"] for holder in holders][0]
+        magnets = [holder.wait_ready()["magnet"] for holder in holders]
         publisher.end()
-        yield magnet, holders
+        yield magnets[0], holders
 
 
 @contextmanager
