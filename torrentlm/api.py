@@ -9,10 +9,11 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overload
 
 import trio
 
@@ -92,7 +93,22 @@ def connect(
     return Model(Portal(lambda: open_client(chosen, on_event)))
 
 
-class Model:
+class _Closing(ABC):
+    """Something that a ``with`` closes."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Model(_Closing):
     """A model in the swarm, ready to generate. Use it in a ``with``, or call :meth:`close`."""
 
     def __init__(self, portal: Portal[SwarmClient]) -> None:
@@ -100,14 +116,6 @@ class Model:
         self._client = portal.value
         self.last: GenerationResult | None = None
         """The newest finished generation."""
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Leave the swarm."""
@@ -159,21 +167,13 @@ class Model:
         return self._portal.run(self._client.inspect)
 
 
-class Chat:
+class Chat(_Closing):
     """A conversation; the holders keep its KV-cache between turns."""
 
     def __init__(self, model: Model, portal: Portal[SwarmClient], session: ChatSession) -> None:
         self._model = model
         self._portal = portal
         self._session = session
-
-    def __enter__(self) -> Chat:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def system(self) -> str | None:
@@ -206,7 +206,7 @@ class Chat:
         self._portal.run(self._session.close)
 
 
-class Session:
+class Session(_Closing):
     """Stepping mode: tokens in, logits out, with roll-back and row reorder. Use it in a ``with``.
 
     ``batch`` rows advance together; row r begins with ``pads[r]`` tokens of left padding.
@@ -215,14 +215,6 @@ class Session:
     def __init__(self, portal: Portal[SwarmClient], steps: StepSession) -> None:
         self._portal = portal
         self._steps = steps
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def length(self) -> int:

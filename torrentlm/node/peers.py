@@ -25,6 +25,7 @@ MEET_AT_ONCE = 16
 DHT_LOOKUP_EVERY_S = 15.0
 DHT_LOOKUP_S = 10.0
 MAX_GOSSIP = 32
+MAX_KEYS = 1000
 RECORD_EVERY_S = 0.5
 """Changes of our record within this time go out as one."""
 
@@ -40,6 +41,7 @@ class ModelPeers:
         self._changed = trio.Event()
         self._discovery = Discovery(own=parts.gateway.is_own)
         self._meeting = trio.CapacityLimiter(MEET_AT_ONCE)
+        self._keys: dict[Endpoint, NodeKey] = {}
 
     @property
     def record(self) -> PeerRecord:
@@ -98,7 +100,10 @@ class ModelPeers:
             case Record(record) if record.model == self._record.model and record.node == sender:
                 self.registry.record(record)
             case Peers(entries):
-                self.learn([Endpoint(entry.host, entry.port) for entry in entries], Source.GOSSIP)
+                self.learn([entry.endpoint for entry in entries], Source.GOSSIP)
+                self._keys |= {entry.endpoint: entry.node for entry in entries}
+                while len(self._keys) > MAX_KEYS:
+                    del self._keys[next(iter(self._keys))]
             case _:
                 pass
 
@@ -119,10 +124,20 @@ class ModelPeers:
                 await self._parts.gateway.pipe_to(endpoint, self._hashes[0])
             except (NetworkError, RemoteProtocolError):
                 self._discovery.failed(endpoint, trio.current_time())
+                await self._follow(endpoint)
             else:
                 self._discovery.met(endpoint, trio.current_time())
             if self._parts.gateway.is_own(endpoint):
                 self.registry.forget(endpoint)
+
+    async def _follow(self, endpoint: Endpoint) -> None:
+        """A peer known by key that does not answer there may have come back on another port: its DHT record says."""
+        node = self._keys.pop(endpoint, None)
+        if node is None:
+            return
+        record = await self._parts.swarm.dht.get_record(node, self._record.model, DHT_LOOKUP_S)
+        if record is not None and record.port not in (0, endpoint.port):
+            self.learn([Endpoint(endpoint.host, record.port)], Source.GOSSIP)
 
     async def _look_up(self) -> None:
         dht = self._parts.swarm.dht
