@@ -119,16 +119,19 @@ class ModelPeers:
                 await trio.sleep(MEET_EVERY_S)
 
     async def _meet(self, endpoint: Endpoint) -> None:
+        gateway = self._parts.gateway
         async with self._meeting:
             try:
-                await self._parts.gateway.pipe_to(endpoint, self._hashes[0])
+                await gateway.pipe_to(endpoint, self._hashes[0])
             except (NetworkError, RemoteProtocolError):
                 self._discovery.failed(endpoint, trio.current_time())
-                await self._follow(endpoint)
             else:
                 self._discovery.met(endpoint, trio.current_time())
-            if self._parts.gateway.is_own(endpoint):
-                self.registry.forget(endpoint)
+                return
+        if gateway.is_own(endpoint):
+            self.registry.forget(endpoint)
+        else:
+            await self._follow(endpoint)
 
     async def _follow(self, endpoint: Endpoint) -> None:
         """A peer known by key that does not answer there may have come back on another port: its DHT record says."""
