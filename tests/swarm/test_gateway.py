@@ -1,4 +1,5 @@
-"""Whole nodes, libtorrent behind its gateway, as they look from outside: connections, listeners, frames between pieces."""
+"""Whole nodes, libtorrent behind its gateway, as they look from outside: connections, listeners, frames between
+pieces."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def own_inodes() -> set[int]:
     inodes = set()
     for link in Path("/proc/self/fd").iterdir():
         try:
-            target = os.readlink(link)
+            target = str(link.readlink())
         except OSError:
             continue
         if target.startswith("socket:["):
@@ -314,5 +315,5 @@ def add(session: Any, torrent: bytes, folder: Path) -> Any:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  libtorrent has no event for it
+    while not condition():
         await trio.sleep(0.05)

@@ -1,6 +1,7 @@
 """One end of a transfer or of a pipe, as a process of its own; told what to do by JSON lines on stdin.
 
-``plain``: a libtorrent session that listens by itself. ``node``: a TorrentLM gateway with its libtorrent session behind it.
+``plain``: a libtorrent session that listens by itself. ``node``: a TorrentLM gateway with its libtorrent session
+behind it.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ async def node() -> None:
 async def obey(command: dict[str, Any], gateway: Gateway, swarm: Swarm) -> None:
     if command["do"] == "add":
         for path in command["torrents"]:
-            torrent = Path(path).read_bytes()
+            torrent = await trio.Path(path).read_bytes()
             swarm.add_torrent(torrent, Path(command["folder"]), verified=command["verified"])
         say(done=True)
     elif command["do"] == "fetch":
@@ -178,8 +179,7 @@ async def saturate(gateway: Gateway, swarm: Swarm, target: Endpoint, size: int) 
     clock = Clock([transfer.handle for transfer in swarm.transfers])
     for transfer in swarm.transfers:
         transfer.connect_peer(target)
-    while not gateway.pipes:
-        await trio.sleep(POLL)
+    await gateway.incoming.receive()
     times: list[float] = []
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:

@@ -1,4 +1,5 @@
-"""Round trips of 8 KiB on a pipe between two nodes on loopback: idle, and while the same connection is saturated with pieces.
+"""Round trips of 8 KiB on a pipe between two nodes on loopback: idle, and while the same connection is saturated with
+pieces.
 
 The reference is a bare trio TCP stream between two processes. Milliseconds.
 """

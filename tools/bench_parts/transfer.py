@@ -1,7 +1,7 @@
 """A set of blocks from one node to another on loopback, through both gateways, against two plain libtorrent sessions.
 
-Same torrents, same settings, one process per end; runs alternate, so that whatever else the machine does hits both. MB/s from the
-first byte of a piece to the last piece verified.
+Same torrents, same settings, one process per end; runs alternate, so that whatever else the machine does hits both.
+MB/s from the first byte of a piece to the last piece verified.
 """
 
 from __future__ import annotations

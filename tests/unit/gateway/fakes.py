@@ -1,4 +1,5 @@
-"""A BitTorrent client behind the gateway and peers before it, as scripts: real sockets, every byte in the test's hand."""
+"""A BitTorrent client behind the gateway and peers before it, as scripts: real sockets, every byte in the test's
+hand."""
 
 from __future__ import annotations
 
@@ -99,9 +100,9 @@ class Wire:
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)
 
-    async def offer(self, **fields: object) -> None:
+    async def offer(self, **fields: int) -> None:
         """An extended handshake as libtorrent sends it."""
-        await self.send(extended_message(0, encode({"m": {"ut_metadata": 2, "ut_pex": 1}, "v": "fake", **fields})))  # type: ignore[dict-item]
+        await self.send(extended_message(0, encode({"m": {"ut_metadata": 2, "ut_pex": 1}, "v": "fake", **fields})))
 
     async def ended(self) -> bool:
         """Whether the other end closes it now (whatever comes before is thrown away)."""
