@@ -57,7 +57,7 @@ def test_two_nodes_never_share_a_folder(store: Store) -> None:
         Store(store.data)
     code = "import sys, pathlib; from torrentlm.swarm.store import Store; Store(pathlib.Path(sys.argv[1]))"
     other = subprocess.run([sys.executable, "-c", code, store.data], capture_output=True, text=True)
-    assert "StorageError" in other.stderr
+    assert "FolderInUseError" in other.stderr
     assert "in use by another node" in other.stderr
     store.close()
     Store(store.data).close()
