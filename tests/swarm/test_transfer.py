@@ -18,6 +18,7 @@ from torrentlm.errors import ArtifactError, NetworkError, StorageError
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.torrent import Torrent
 from torrentlm.swarm.store import Store
+from torrentlm.wire.alias import misnomer
 
 
 @in_trio(30)
@@ -51,6 +52,20 @@ async def test_half_a_magnet_is_enough(tmp_path: Path, known: str) -> None:
         for info_hash in (torrent.v1, torrent.v2[:20]):
             assert joiner.swarm.canonical(info_hash) == torrent.v1
         assert joiner.swarm.add_torrent(torrent.to_bytes(), tmp_path / "b") is transfer
+
+
+@in_trio(30)
+async def test_all_names_of_a_torrent_are_answered_to(tmp_path: Path) -> None:
+    torrent, _ = make_block(tmp_path / "a")
+    wrong = misnomer(torrent.info)
+    async with open_node() as node:
+        transfer = node.swarm.add_torrent(torrent.to_bytes(), tmp_path / "a", verified=True)
+        assert transfer.info_hashes == (torrent.v1, torrent.v2[:20])
+        assert transfer.names == (torrent.v1, torrent.v2[:20], wrong)
+        assert {node.swarm.canonical(name) for name in transfer.names} == {torrent.v1}
+        assert node.swarm.canonical(os.urandom(20)) is None
+        node.swarm.remove(transfer)
+        assert {node.swarm.canonical(name) for name in (torrent.v1, torrent.v2[:20], wrong)} == {None}
 
 
 @in_trio(60)

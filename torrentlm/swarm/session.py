@@ -129,13 +129,13 @@ class Swarm:
         self._hurried.set()
 
     def renamed(self, transfer: Transfer) -> None:
-        """Find the transfer by all info-hashes that it has by now."""
-        for info_hash in transfer.info_hashes:
+        """Find the transfer by all names that it has by now."""
+        for info_hash in transfer.names:
             self._transfers[info_hash] = transfer
 
     def _forget(self, transfer: Transfer) -> None:
         transfer.close()
-        for info_hash in transfer.info_hashes:
+        for info_hash in transfer.names:
             self._transfers.pop(info_hash, None)
 
     async def _request_updates(self) -> None:

@@ -14,6 +14,7 @@ from torrentlm.errors import NetworkError, TorrentLMError
 from torrentlm.records import Endpoint, InfoHash
 from torrentlm.swarm.addresses import is_address
 from torrentlm.swarm.alerts import Alert, AlertPump, torrent_key, translate
+from torrentlm.wire.alias import misnomer
 
 _CONNECT_SOURCE = int(lt.peer_info.tracker)
 """Told that a tracker named a peer, libtorrent forgives it an earlier failure; of other sources it does not."""
@@ -76,6 +77,11 @@ class Transfer:
         """The 20-byte hashes by which peers greet and the DHT knows it: v1 first, then the truncated v2 (BEP 52)."""
         hashes = (self.v1, self.v2[:20] if self.v2 else None)
         return tuple(InfoHash(info_hash) for info_hash in hashes if info_hash)
+
+    @property
+    def names(self) -> tuple[InfoHash, ...]:
+        """Every hash that peers may greet by: ``info_hashes``, and the wrong one by which some clients know hybrids."""
+        return (*self.info_hashes, self._misnomer) if self._misnomer else self.info_hashes
 
     @property
     def complete(self) -> bool:
@@ -213,6 +219,7 @@ class Transfer:
         hashes, info = self.handle.info_hashes(), self._torrent_info()
         self.v1 = hashes.v1.to_bytes() if hashes.has_v1() else None
         self.v2 = hashes.v2.to_bytes() if hashes.has_v2() else None
+        self._misnomer = _misnomer(bytes(info.info_section())) if info and self.v1 and self.v2 else None
         self.name = (info.name() if info else self.handle.status().name) or str(hashes.v1)
 
     async def _wait(self, ready: Callable[[], bool]) -> None:
@@ -220,3 +227,10 @@ class Transfer:
             if self.error:
                 raise self.error
             await self._changed.wait()
+
+
+def _misnomer(info: bytes) -> InfoHash | None:
+    try:
+        return misnomer(info)
+    except ValueError:
+        return None  # bencoded less strictly than we do: not one of ours
