@@ -77,11 +77,7 @@ async def aria2(torrent: Path, folder: Path, announce: str) -> AsyncIterator[Non
         yield
 
 
-known_by_its_misnomer = pytest.mark.xfail(run=False, reason="the swarm does not answer to wire.alias.misnomer yet")
-
-
 @needs("aria2c")
-@known_by_its_misnomer
 @in_trio(60)
 async def test_aria2_fetches_from_us(tmp_path: Path) -> None:
     torrent, content = make_block(tmp_path / "a")
@@ -93,7 +89,6 @@ async def test_aria2_fetches_from_us(tmp_path: Path) -> None:
 
 
 @needs("aria2c")
-@known_by_its_misnomer
 @in_trio(60)
 async def test_we_fetch_from_aria2(tmp_path: Path) -> None:
     """It dials us: greeted by the torrent's right name, it would not know what we mean."""

@@ -164,7 +164,8 @@ class Gateway:
             await stream.send_all(self._pipe_greeting(greeting.info_hash).to_bytes())
             await self._serve(Link(peer, torrent, greeting.info_hash, dialed=False), stream.detach(), None)
         else:
-            await self._join(Key(peer, torrent), Visitor(stream.detach(), greeting), tag)
+            source = stream.remote
+            await self._join(Key(peer, torrent), Visitor(stream.detach(), greeting, peer), source, tag)
 
     async def _first_words(self, stream: TcpStream) -> Greeting:
         """Its greeting; if too many are awaited at a time, the connection that has been silent for longest is given
@@ -179,23 +180,34 @@ class Gateway:
                 self._pending.pop(stream, None)
         raise NetworkError(f"{stream.remote} was given up for newer connections")
 
-    async def _join(self, key: Key, visitor: Visitor, tag: PeerTag | None) -> None:
-        """Have our client come for an incoming connection; the task that serves the client then takes it over."""
+    async def _join(self, key: Key, visitor: Visitor, source: Endpoint, tag: PeerTag | None) -> None:
+        """Have our client come for an incoming connection; the task that serves the client then takes it over.
+
+        libtorrent, once a seed, never again dials a peer that it knew as a seed, though that may have lost its file. So
+        if it does not come, it is told of the visitor under the port that it came from: there it is a stranger.
+        """
         try:
             dial = self._rendezvous.dial(key)
             if dial is not None and tag is not None and tag.key < self._tag.key:
                 self._rendezvous.hand_over(dial, visitor)
             if dial is not None or self._attached(key):
                 return
-            if tag is None:
-                self._rendezvous.add_source_port(key.peer)
-            with self._rendezvous.waiting(key, visitor), trio.move_on_after(self._policy.join_limit):
-                if self.torrents is not None:
-                    self.torrents.connect_peer(visitor.greeting.info_hash, key.peer)
-                await visitor.taken.wait()
+            with trio.move_on_after(self._policy.join_limit):
+                if tag is not None:
+                    with trio.move_on_after(self._policy.second_call):
+                        await self._call_client(key, visitor)
+                if not visitor.taken.is_set():
+                    self._rendezvous.add_source_port(source)
+                    await self._call_client(Key(source, key.torrent), visitor)
         finally:
             if not visitor.taken.is_set():
                 visitor.stream.close()
+
+    async def _call_client(self, key: Key, visitor: Visitor) -> None:
+        with self._rendezvous.waiting(key, visitor):
+            if self.torrents is not None:
+                self.torrents.connect_peer(visitor.greeting.info_hash, key.peer)
+            await visitor.taken.wait()
 
     # -- from the client ---------------------------------------------------------------------------------------------
 
@@ -285,7 +297,7 @@ class Gateway:
         except BaseException:
             visitor.stream.close()
             raise
-        link = Link(key.peer, key.torrent, visitor.greeting.info_hash, dialed=False)
+        link = Link(visitor.peer, key.torrent, visitor.greeting.info_hash, dialed=False)
         return link, visitor.stream, visitor.greeting
 
     # -- pipes -------------------------------------------------------------------------------------------------------

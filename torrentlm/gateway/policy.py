@@ -23,6 +23,8 @@ class Policy:
     """From an accepted connection to its complete greeting, and from ours to the answer."""
     join_limit: float = 8.0
     """How long an incoming connection waits for the client to come for it."""
+    second_call: float = 1.0
+    """After how long of that the client is told of it under another address."""
     hello_limit: float = 10.0
     """From a negotiated pipe extension to an authenticated peer."""
 

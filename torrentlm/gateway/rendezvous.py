@@ -28,11 +28,12 @@ class Key(NamedTuple):
 
 
 class Visitor:
-    """An incoming connection that has greeted. Whoever takes it owns the stream."""
+    """An incoming connection that has greeted; its peer listens at ``peer``. Whoever takes it owns the stream."""
 
-    def __init__(self, stream: TcpStream, greeting: Greeting) -> None:
+    def __init__(self, stream: TcpStream, greeting: Greeting, peer: Endpoint) -> None:
         self.stream = stream
         self.greeting = greeting
+        self.peer = peer
         self.taken = trio.Event()
 
 
