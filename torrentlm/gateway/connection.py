@@ -26,6 +26,7 @@ import trio
 
 from torrentlm.errors import NetworkError, RemoteProtocolError
 from torrentlm.gateway.carrier import Carrier
+from torrentlm.gateway.inlet import Inlet
 from torrentlm.gateway.outbox import Buffers, Outbox
 from torrentlm.gateway.outlet import Outlet
 from torrentlm.gateway.tcp import MAX_BUFFERS, TcpStream
@@ -152,24 +153,14 @@ class Connection:
     async def _read_network(self) -> None:
         """Until the peer closes the connection or breaks a rule; then what it sent is still given to the client."""
         demux = Demux(PIPE_ID, run=None)
+        inlet = Inlet(self._remote)
         try:
-            turns = 0
-            while True:
-                await self._room_for_client()
-                data = self._remote.receive_nowait(self._pace.read)
-                if data is None:
-                    await self._remote.readable()
-                    continue
-                if not data:
-                    break
+            while data := await inlet.read(self._pace.read, self._pace.reads):
                 self.heard_at = trio.current_time()
                 for part in demux.feed(data):
                     self._take_part(part)
                 self._pump_client()
-                turns += 1
-                if turns >= self._pace.reads:
-                    turns = 0
-                    await trio.lowlevel.checkpoint()
+                await self._room_for_client()
         except (NetworkError, RemoteProtocolError):
             pass
         await self._dismiss_client()
@@ -265,25 +256,15 @@ class Connection:
         self._pool.attachment_changed(self)
 
     async def _read_client(self, client: TcpStream) -> None:
-        demux = Demux()
+        """Until the client closes its side."""
+        demux, inlet = Demux(), Inlet(client)
         try:
-            turns = 0
-            while True:
-                while self._outbox.waiting > READ_AHEAD:
-                    await self._to_network.progress()
-                data = client.receive_nowait(self._pace.read)
-                if data is None:
-                    await client.readable()
-                    continue
-                if not data:
-                    return
+            while data := await inlet.read(self._pace.read, self._pace.reads):
                 for part in demux.feed(data):
                     self._outbox.put(self._outgoing(part), offers=part.kind is Kind.HANDSHAKE)
                 self.pump()
-                turns += 1
-                if turns >= self._pace.reads:
-                    turns = 0
-                    await trio.lowlevel.checkpoint()
+                while self._outbox.waiting > READ_AHEAD:
+                    await self._to_network.progress()
         except (NetworkError, RemoteProtocolError):
             return
 
