@@ -31,6 +31,7 @@ RUN_BYTES = 1 << 16
 CHOKE, NOT_INTERESTED, PORT, EXTENDED = 0, 3, 9, 20
 KEEP_ALIVE = b"\0\0\0\0"
 
+_PERHAPS_TAKEN = (EXTENDED, PORT)
 _HEAD = Struct(">IBB")
 _LENGTH = Struct(">I")
 
@@ -114,51 +115,46 @@ class Demux:
         Raise :exc:`RemoteProtocolError` on a length out of bounds.
         """
         parts: list[Part] = []
-        view = memoryview(data)
-        end = len(view)
-        position = self._finish_held(view, parts) if self._held else 0
-        start = position  # first byte not yet given out
-        if self._left:
-            step = min(self._left, end - position)
-            self._left -= step
-            position += step
-        boundary = start if self._left else position  # end of the last whole message
-        while end - position >= _HEAD.size and not self._left:
-            length, code, extension = _HEAD.unpack_from(view, position)
+        view, end = memoryview(data), len(data)
+        start = self._finish_held(view, parts) if self._held else 0  # first byte not yet given out
+        position = start + self._left  # where the next message begins, perhaps behind the end
+        boundary = position if position <= end else start  # end of the last whole message
+        head, last = _HEAD.unpack_from, end - _HEAD.size
+        while position <= last:
+            length, code, extension = head(data, position)
             if length > MAX_MESSAGE:
                 raise RemoteProtocolError(f"the peer announced a message of {length} bytes")
-            kind = self._taken(length, code, extension)
-            if kind is None:
-                position += 4 + length
-                if position > end:
-                    self._left = position - end
-                    position = end
+            after = position + 4 + length
+            if code in _PERHAPS_TAKEN and (kind := self._taken(length, code, extension)) is not None:
+                if start < position:
+                    parts.append(Part(Kind.RUN, view[start:position]))
+                start = boundary = position
+                if after > end:
                     break
+                parts.append(_taken_part(kind, view[position:after]))
+                start = boundary = position = after
+                continue
+            position = after
+            if position <= end:
                 boundary = position
                 if boundary - start >= self._run:
                     parts.append(Part(Kind.RUN, view[start:boundary]))
                     start = boundary
-                continue
-            if start < position:
-                parts.append(Part(Kind.RUN, view[start:position]))
-            start = boundary = min(position + 4 + length, end)
-            if position + 4 + length > end:
-                self._held += view[position:]
-            else:
-                parts.append(_taken_part(kind, view[position:start]))
-            position = start
-        if not self._cut:
-            if start < (stop := end if self._left else boundary):
-                parts.append(Part(Kind.OPEN, view[start:stop]))
-        elif start < boundary:
-            parts.append(Part(Kind.RUN, view[start:boundary]))
-        if self._left:
-            if self._cut and boundary < end:
-                parts.append(Part(Kind.OPEN, view[boundary:]))
-        elif position < end:
-            self._held += view[position:]
+        self._left = max(0, position - end)
+        passed = end if self._left else position  # what is behind it is the head of a message, or a part of a taken one
+        self._give_out(view, start, boundary, passed, parts)
+        if passed < end:
+            self._held += view[passed:]
             self._flush_short(parts)
         return parts
+
+    def _give_out(self, view: memoryview, start: int, boundary: int, passed: int, parts: list[Part]) -> None:
+        """What passes at the end of a chunk: the last whole messages, and as much as has come of the next."""
+        if self._cut and start < boundary:
+            parts.append(Part(Kind.RUN, view[start:boundary]))
+            start = boundary
+        if start < passed:
+            parts.append(Part(Kind.OPEN, view[start:passed]))
 
     def _taken(self, length: int, code: int, extension: int) -> Kind | None:
         if code == EXTENDED and length >= 2 and (extension == 0 or extension == self.frame_id):
