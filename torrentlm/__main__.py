@@ -1,6 +1,9 @@
 """``python -m torrentlm``: the command line."""
 
-from torrentlm.cli.main import main
-
 if __name__ == "__main__":
-    main()
+    try:
+        from torrentlm.cli.main import main
+
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -13,7 +14,7 @@ import click
 from torrentlm.cli import text
 from torrentlm.cli.engine import Patience, prepare, waiting
 from torrentlm.cli.options import SAMPLING, client_options, model_argument, sampling_options, settings_of
-from torrentlm.errors import TorrentLMError
+from torrentlm.errors import ConfigError, TorrentLMError
 
 if TYPE_CHECKING:
     from torrentlm.api import Chat, Model
@@ -40,6 +41,7 @@ Ctrl-C stops an answer."""
 def command(model: str, system: str | None, **options: Any) -> None:
     """Chat with MODEL; /help lists what can be typed besides messages."""
     settings = settings_of(model, options, client=True)
+    text.checked(system or "", "--system")
     how = {name: options[name] for name in SAMPLING}
     prepare(settings)
     from torrentlm.api import connect
@@ -53,7 +55,7 @@ def command(model: str, system: str | None, **options: Any) -> None:
 class Conversation:
     """Reads lines from standard input until it ends.
 
-    ``interactive``: with a prompt, line editing and figures, and neither Ctrl-C nor an error in an answer ends it.
+    ``interactive``: with a prompt, line editing and figures, and neither Ctrl-C nor an error in a line's work ends it.
     ``how`` are keyword arguments of ``Chat.send``.
     """
 
@@ -81,7 +83,6 @@ class Conversation:
             click.echo("Type a message; /help lists commands, /quit leaves.")
         with self._chat:
             while (line := self._read()) is not None:
-                line = line.strip()
                 if line == "/quit":
                     return
                 self.handle(line)
@@ -90,7 +91,8 @@ class Conversation:
         """One line: a command, or a message to answer."""
         name, _, rest = line.partition(" ")
         if name in self._commands:
-            self._commands[name](rest.strip())
+            with self._going_on():
+                self._commands[name](rest.strip())
         elif name.startswith("/") and "/" not in name[1:]:
             click.echo(f"There is no {name}; /help lists the commands.")
         elif line:
@@ -99,34 +101,39 @@ class Conversation:
     def answer(self, message: str) -> None:
         """Print the answer as it comes; an answer that was stopped stays in the history as far as it came."""
         pieces = self._chat.send(message, **self._how)
-        end = ""
+        # Closing the generator tells the holders to stop.
+        with self._going_on(" "), contextlib.closing(cast("Generator[str, None, None]", pieces)):
+            for piece in pieces:
+                click.echo(piece, nl=False)
+            click.echo()
+            if self._interactive and self._model.last:
+                click.secho(figures(self._model.last), dim=True)
+
+    @contextlib.contextmanager
+    def _going_on(self, margin: str = "") -> Iterator[None]:
+        """For the work on a line: where somebody types, Ctrl-C or an error ends that work and not the conversation."""
         try:
-            # Closing the generator tells the holders to stop.
-            with contextlib.closing(cast("Generator[str, None, None]", pieces)):
-                for piece in pieces:
-                    click.echo(piece, nl=False)
-        except KeyboardInterrupt:
+            yield
+        except (KeyboardInterrupt, TorrentLMError) as error:
             if not self._interactive:
                 raise
-            end = " [stopped]"
-        except TorrentLMError as error:
-            if not self._interactive:
-                raise
-            end = f" [{error}]"
-        click.echo(end)
-        self._answered_at = time.monotonic()
-        if self._interactive and not end and self._model.last:
-            click.secho(figures(self._model.last), dim=True)
+            click.echo(f"{margin}[{'stopped' if isinstance(error, KeyboardInterrupt) else error}]")
+        finally:
+            self._answered_at = time.monotonic()
 
     def _read(self) -> str | None:
+        """The next line without the space around it; None at the end of input."""
         if not self._interactive:
-            return sys.stdin.readline() or None
+            line = text.read(sys.stdin.readline, "Standard input")
+            return line.strip() if line else None
         while True:
             try:
-                return input(PROMPT)
+                return text.read(lambda: input(PROMPT), "This line").strip()
             except EOFError:
                 click.echo()
                 return None
+            except ConfigError as error:
+                click.echo(f"[{error}]")
             except KeyboardInterrupt:
                 click.echo()
                 if not self._typed() and time.monotonic() - self._answered_at > JUST_ANSWERED_S:
@@ -154,7 +161,11 @@ class Conversation:
         if self._model.last:
             click.echo(figures(self._model.last))
         for name, value in self._model.stats().items():
-            click.echo(f"{name.replace('_', ' ')}: {value}")
+            label = name.replace("_", " ")
+            if isinstance(value, list):
+                click.echo(f"{label}:\n{rows(value)}" if value else f"{label}: none")
+            else:
+                click.echo(f"{label}: {value}")
 
 
 def figures(result: GenerationResult) -> str:
@@ -163,6 +174,18 @@ def figures(result: GenerationResult) -> str:
     if result.tokens_per_second > 0:
         parts.append(f"{result.tokens_per_second:.3g} tokens/s")
     return " · ".join([*parts, f"first after {result.time_to_first_token_s:.2f} s"])
+
+
+def rows(items: list[dict[str, Any]]) -> str:
+    """One line an item, such as a pipe's ``127.0.0.1:39183  1.75 ms``; what is not known yet stays empty."""
+    cells = [[_figure(name, value) for name, value in item.items()] for item in items]
+    return textwrap.indent(text.table(cells), "  ")
+
+
+def _figure(name: str, value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value} ms" if name.endswith("_ms") else str(value)
 
 
 def route_lines(hops: tuple[RouteHop, ...]) -> str:

@@ -50,6 +50,8 @@ def command(prompt: str | None, data: Path | None) -> None:
     With PROMPT, or without a terminal, answer one prompt and exit. Everything stays on this machine, and everything
     that was started is gone at the end.
     """
+    if prompt is not None:
+        text.checked(prompt, "PROMPT")
     interactive = prompt is None and sys.stdin.isatty()
     folder = (data or default_data() / "demo").absolute()
     with _alone_in(folder), Fleet(folder / "logs", private_environment(os.environ)) as fleet:
@@ -122,9 +124,10 @@ class Demo:
         heard = time.monotonic()
         while not all(name in self.ready for name in names):
             if (found := self.fleet.next_event(1.0)) is not None:
-                heard = time.monotonic()
+                if found[1].get("event") != "waiting":  # that it still waits is no sign of life
+                    heard = time.monotonic()
                 self._hear(*found, progress)
-            elif time.monotonic() - heard > SILENCE_S:
+            if time.monotonic() - heard > SILENCE_S:
                 raise NetworkError(f"Nothing happened for {SILENCE_S:.0f} s; see {self.folder / 'logs'}.")
 
     def _hear(self, name: str, event: dict[str, Any], progress: Progress) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from torrentlm.cli import text
 from torrentlm.cli.engine import Patience, prepare, waiting
 from torrentlm.cli.options import SAMPLING, client_options, model_argument, sampling_options, settings_of
 
@@ -28,9 +29,12 @@ MAX_PROMPT = 4 << 20
 def command(model: str, prompt: str, chat: bool, stop: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Continue a prompt with MODEL and print what comes, as it comes."""
     settings = settings_of(model, options, client=True)
-    how = {name: options[name] for name in SAMPLING} | {"chat": chat, "stop": stop}
+    stop = tuple(text.checked(end, "--stop") for end in stop)
     if prompt == "-":
-        prompt = sys.stdin.read(MAX_PROMPT)
+        prompt = text.read(lambda: sys.stdin.read(MAX_PROMPT), "Standard input")
+    else:
+        prompt = text.checked(prompt, "--prompt")
+    how = {name: options[name] for name in SAMPLING} | {"chat": chat, "stop": stop}
     prepare(settings)
     from torrentlm.api import connect
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -25,7 +26,11 @@ _HASH = re.compile("[0-9a-f]{40,}")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; see docs/cli.md.")
 @client_options
 def command(what: str, as_json: bool, **options: object) -> None:
-    """Show what MODEL is made of and which peers hold it, or, without any network, what FILE.torrent contains."""
+    """Show what MODEL is made of and which peers hold it, or, without any network, what FILE.torrent contains.
+
+    Tensors are read from block files, so they are known only for those on this machine: the table counts them per
+    block of MODEL, --json lists them.
+    """
     found = inspect_torrent(Path(what)) if what.endswith(".torrent") else _ask_swarm(what, options)
     if as_json:
         click.echo(json.dumps(found))
@@ -91,7 +96,7 @@ def _show(found: dict[str, Any]) -> None:
     click.echo(text.table([[name.replace("_", " "), _cell(name, value)] for name, value in plain.items()]))
     for name, rows in found.items():
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-            columns = [column for column in rows[0] if column not in LEFT_OUT]
+            columns = [column for column in dict.fromkeys(itertools.chain(*rows)) if column not in LEFT_OUT]
             cells = [[_short(_cell(column, row.get(column))) for column in columns] for row in rows]
             click.echo(f"\n{name}\n" + text.table([columns, *cells]))
 
@@ -104,6 +109,8 @@ def _short(cell: str) -> str:
 def _cell(name: str, value: Any) -> str:
     if name == "size" or name.endswith("_bytes"):
         return text.size(value)
+    if name == "tensors":  # of a block; one whose files are elsewhere has none to count
+        return str(len(value)) if value else ""
     if name == "shape":
         return "x".join(map(str, value)) or "scalar"
     if isinstance(value, list | tuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,12 @@ def live_view(console: Console | None = None) -> Iterator[Callable[[dict[str, An
     """Show a status that follows the events given to the yielded function; what is left at the end stays on screen."""
     view = SwarmView()
     console = console or Console()
-    with Live(get_renderable=lambda: render(view), console=console, refresh_per_second=4) as live:
+    with Live(
+        get_renderable=lambda: render(view),
+        console=console,
+        refresh_per_second=4,
+        redirect_stderr=sys.stderr.isatty(),  # else it is a file, which the display does not disturb
+    ) as live:
 
         def show(event: dict[str, Any]) -> None:
             known = view.magnet
@@ -44,6 +50,8 @@ def render(view: SwarmView) -> RenderableType:
     rows.add_column(style="dim")
     rows.add_column()
     rows.add_row("blocks", _blocks(view))
+    if view.waiting:
+        rows.add_row("waiting", Text(view.waiting))
     if view.what:
         rows.add_row(view.what, _bar(view) if view.total > 1 else "…")
     rows.add_row("sessions", str(view.sessions))

@@ -15,6 +15,7 @@ Decorator = Callable[[Any], Any]
 
 _NETWORK: tuple[Decorator, ...] = (
     click.option("--data", metavar="FOLDER", help="Folder for blocks, torrents and the node's key."),
+    click.option("--host", metavar="ADDRESS", help="Address to listen on."),
     click.option("--port", type=int, metavar="N", help="TCP and UDP port; 0 takes any free one."),
     click.option(
         "--peer", "peers", multiple=True, metavar="HOST:PORT", help="A node to contact at the start. Repeatable."
@@ -34,7 +35,6 @@ _HOLDING: tuple[Decorator, ...] = (
     click.option("--precision", metavar="|".join(PRECISIONS), help="What to compute in."),
     click.option("--threads", type=int, metavar="N", help="Compute threads. [default: one per core]"),
     click.option("--lease", type=float, metavar="SECONDS", help="How long a silent client's memory is kept."),
-    click.option("--host", metavar="ADDRESS", help="Address to listen on."),
 )
 
 

@@ -25,6 +25,7 @@ class SwarmView:
     upload: float = 0.0
     peers: dict[str, str] = field(default_factory=dict)
     sessions: int = 0
+    waiting: str = ""
     ready: bool = False
 
     def apply(self, event: dict[str, Any]) -> None:
@@ -32,6 +33,10 @@ class SwarmView:
         for key in ("name", "magnet", "port", "blocks_total", "sessions", "download", "upload"):
             if key in event:
                 setattr(self, key, event[key])
+        if kind == "waiting":
+            self.waiting = str(event.get("why", ""))
+        elif kind in ("joined", "progress", "ready", "peer"):
+            self.waiting = ""  # somebody answered
         if kind == "progress":
             self.what = str(event.get("what", ""))
             self.done, self.total = int(event.get("done", 0)), int(event.get("total", 0))
@@ -51,7 +56,7 @@ class SwarmView:
 
     def line_for(self, event: dict[str, Any]) -> str | None:
         """Apply ``event`` and say it in one line; None if it is worth none (progress only at each tenth)."""
-        before = self._step()
+        before, waited = self._step(), self.waiting
         self.apply(event)
         match event.get("event"):
             case "published":
@@ -60,6 +65,8 @@ class SwarmView:
                 return f"Listening on port {self.port}"
             case "joined":
                 return f"Joined {self.name}: {text.count(self.blocks_total, 'block')}"
+            case "waiting" if self.waiting != waited:
+                return f"Waiting: {self.waiting}"
             case "progress" if before != self._step():
                 of_all = f": {text.size(self.done)} of {text.size(self.total)}" if self.total > 1 else ""
                 return f"{self.what.capitalize()}{of_all}"

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from torrentlm.errors import ConfigError
 from torrentlm.records import spans_of
+
+
+def checked(words: str, what: str) -> str:
+    """``words`` as typed. Raises ConfigError if bytes that are no UTF-8 stand in them (as lone surrogates)."""
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what} is not valid UTF-8 at character {error.start + 1}; convert it first.") from None
+    return words
+
+
+def read(reader: Callable[[], str], what: str) -> str:
+    """What ``reader`` reads, checked; the same ConfigError for bytes that the stream itself refuses."""
+    try:
+        return checked(reader(), what)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{what} is not valid UTF-8; convert it first.") from None
 
 
 def size(count: float) -> str:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ class Hop:
     last: int
 
 
+TENSOR = {"name": "norm.weight", "dtype": "F32", "shape": [5]}
 ROUTE = (Hop("127.0.0.1:1", 0, 10), Hop("127.0.0.1:22", 11, 11))
 
 
@@ -87,16 +89,25 @@ class Model:
         return iter(WORDS) if stream else "".join(WORDS)
 
     def route(self) -> tuple[Hop, ...]:
+        routes = {"slow": lambda: time.sleep(30), "lost": self._lose}
+        routes.get(os.environ.get("FAKE_ROUTE", ""), lambda: None)()
         return ROUTE
 
+    def _lose(self) -> None:
+        raise HolderLostError("no route")
+
     def stats(self) -> dict[str, Any]:
-        return {"peers": 2, "bytes_sent": 10}
+        pipes = [{"peer": "127.0.0.1:39183", "rtt_ms": 1.75}, {"peer": "127.0.0.1:1", "rtt_ms": None}]
+        return {"peers": 2, "pipes": pipes, "bytes_sent": 10}
 
     def inspect(self) -> dict[str, Any]:
         return {
             "name": "Tiny",
             "size": 142_000_000,
-            "blocks": [{"block": 0, "kind": "stem", "size": 113_000_000, "holders": ["127.0.0.1:1", "127.0.0.1:22"]}],
+            "blocks": [
+                {"block": 0, "kind": "stem", "size": 113_000_000, "holders": ["127.0.0.1:1", "127.0.0.1:22"]},
+                {"block": 1, "kind": "head", "size": 1, "holders": [], "tensors": [TENSOR, TENSOR]},
+            ],
         }
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.unit.cli import fake_engine
-from torrentlm.cli import main as cli
+from torrentlm.cli import commands as cli
 from torrentlm.cli.chat import figures, route_lines
 
 MAGNET = "magnet:?xt=urn:btih:" + "ab" * 20
@@ -87,7 +87,7 @@ def test_chat_from_a_pipe(models, monkeypatch, capsys):
         "System prompt: Be brief.",
         "127.0.0.1:1   blocks 0-10\n127.0.0.1:22  block 11\n",
         "2 tokens · 9.21 tokens/s · first after 0.61 s",
-        "bytes sent: 10",
+        "pipes:\n  127.0.0.1:39183  1.75 ms\n  127.0.0.1:1\nbytes sent: 10\n",
         "There is no /what",
         "/system TEXT",
     ):
@@ -101,6 +101,35 @@ def test_an_error_ends_a_chat_from_a_pipe(models, monkeypatch, capsys):
     assert models[0].calls[-2:] == ["close", "model closed"]
 
 
+SURROGATE = b"\xff".decode(errors="surrogateescape")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin"),
+    [
+        (("generate", MAGNET, "--prompt", f"a{SURROGATE}"), ""),
+        (("generate", MAGNET, "--prompt", "a", "--stop", SURROGATE), ""),
+        (("generate", MAGNET, "--prompt", "-"), SURROGATE),
+        (("chat", MAGNET, "--system", SURROGATE), ""),
+        (("chat", MAGNET), f"{SURROGATE}\n"),
+        (("chat", MAGNET), f"/system {SURROGATE}\n"),
+        (("demo", SURROGATE), ""),
+    ],
+)
+def test_what_is_not_utf8_is_refused_in_a_sentence(arguments, stdin, models, monkeypatch, capsys):
+    assert run(*arguments, stdin=stdin, monkeypatch=monkeypatch) == 1
+    captured = capsys.readouterr()
+    assert "is not valid UTF-8 at character" in captured.err and captured.err.count("\n") == 1
+    assert not any(isinstance(call, tuple) for model in models for call in model.calls)  # nothing was asked
+
+
+def test_input_that_cannot_be_decoded_is_refused_in_a_sentence(models, monkeypatch, capsys):
+    for command in (("generate", MAGNET, "--prompt", "-"), ("chat", MAGNET)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8"))
+        assert cli.run(command) == 1
+        assert capsys.readouterr().err == "torrentlm: Standard input is not valid UTF-8; convert it first.\n"
+
+
 def test_figures_without_a_rate():
     assert figures(fake_engine.Result(tokens=(1,), tokens_per_second=0.0)) == "1 token · first after 0.61 s"
     assert route_lines(()) == ""
@@ -111,6 +140,8 @@ def test_inspect_shows_tables_and_json(models, monkeypatch, capsys):
     output = capsys.readouterr().out
     for part in ("Tiny", "142 MB", "stem", "113 MB", "127.0.0.1:1, 127.0.0.1:22"):
         assert part in output
+    assert [line.split() for line in output.splitlines()][-1] == ["1", "head", "1", "B", "2"]  # tensors are counted
+    assert "norm.weight" not in output
     assert run("inspect", MAGNET, "--json", monkeypatch=monkeypatch) == 0
     assert json.loads(capsys.readouterr().out) == models[1].inspect()
 
@@ -149,13 +180,19 @@ class Terminal:
         os.close(self._master)
 
 
-@pytest.fixture
-def terminal() -> Iterator[Terminal]:
+@contextlib.contextmanager
+def chatting() -> Iterator[Terminal]:
     terminal = Terminal(sys.executable, "-m", "tests.unit.cli.fake_engine", "chat", MAGNET)
     with contextlib.closing(terminal):
         terminal.wait_for("(no peer yet)")
         terminal.wait_for("/quit leaves.")
         terminal.wait_for("> ")
+        yield terminal
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    with chatting() as terminal:
         yield terminal
 
 
@@ -180,6 +217,28 @@ def test_an_error_does_not_end_the_chat_on_a_terminal(terminal: Terminal):
     terminal.wait_for("[a holder was lost]")
     terminal.wait_for("> ")
     terminal.type("\x04")
+    assert terminal.process.wait(10) == 0
+
+
+def test_neither_ctrl_c_nor_an_error_in_a_command_ends_the_chat(monkeypatch):
+    for kind, says in (("slow", "[stopped]"), ("lost", "[no route]")):
+        monkeypatch.setenv("FAKE_ROUTE", kind)
+        with chatting() as terminal:
+            terminal.type("/route\n")
+            terminal.wait_for("/route")
+            if kind == "slow":
+                terminal.interrupt()
+            terminal.wait_for(says)
+            terminal.wait_for("> ")
+            terminal.type("/quit\n")
+            assert terminal.process.wait(10) == 0
+
+
+def test_a_line_that_is_not_utf8_does_not_end_the_chat(terminal: Terminal):
+    os.write(terminal._master, b"a\xffb\n")
+    terminal.wait_for("is not valid UTF-8")
+    terminal.wait_for("> ")
+    terminal.type("/quit\n")
     assert terminal.process.wait(10) == 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from torrentlm.cli import main as cli
+from torrentlm.cli import commands as cli
 from torrentlm.cli.inspect import inspect_torrent
 from torrentlm.errors import ArtifactError
 from torrentlm.manifest.canonical import TensorSpec, layout, write

@@ -10,7 +10,7 @@ import time
 import click
 import pytest
 
-from torrentlm.cli import main as cli
+from torrentlm.cli import commands as cli
 from torrentlm.errors import ConfigError, NoHolderError
 
 
@@ -62,6 +62,35 @@ def test_debug_shows_where(monkeypatch):
 def torrentlm(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torrentlm", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+INTERRUPTED_AT = """
+import os, runpy, signal, sys
+class Interrupt:
+    def find_spec(name, *_):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt)
+sys.argv[1:] = sys.argv[1:2] + ["--version"]
+"""
+ENTRIES = {
+    "module": "runpy.run_module('torrentlm', run_name='__main__')",
+    "console": "from torrentlm.cli.main import main; sys.exit(main())",
+}
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        *(("module", name) for name in ("torrentlm.cli", "torrentlm.cli.main")),
+        *((entry, name) for entry in ENTRIES for name in ("torrentlm.cli.parent", "torrentlm.cli.commands", "click")),
+    ],
+)
+def test_ctrl_c_during_our_imports_is_quiet(entry: str, name: str):
+    """From the first line of ours that runs; before it Python itself, reading its site files, shows a traceback."""
+    command = [sys.executable, "-c", INTERRUPTED_AT + ENTRIES[entry], name]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence():

@@ -71,5 +71,6 @@ def test_without_options_the_defaults_hold():
 def test_a_client_takes_a_free_port_unless_told_otherwise(monkeypatch):
     assert parse(client_options, client=True).node.port == 0
     assert parse(client_options, "--port", "7", client=True).node.port == 7
+    assert parse(client_options, "--host", "127.0.0.1", client=True).node.host == "127.0.0.1"
     monkeypatch.setenv("TORRENTLM_PORT", "8")
     assert parse(client_options, client=True).node.port == 8

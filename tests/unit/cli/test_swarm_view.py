@@ -72,6 +72,19 @@ def test_the_display_follows():
     assert "none yet" in shown(view)
 
 
+def test_what_it_waits_for_is_said_once_a_change_and_until_somebody_answers():
+    view = SwarmView()
+    waits = [{"event": "waiting", "why": why} for why in ("no peer answers", "no peer answers", "no DHT node answers")]
+    lines = [view.line_for(event) for event in waits]
+    assert lines == ["Waiting: no peer answers", None, "Waiting: no DHT node answers"]
+    assert "no DHT node answers" in shown(view)
+    view.line_for({"event": "rates", "download": 0.0, "upload": 0.0})
+    assert "no DHT node answers" in shown(view)
+    view.line_for({"event": "joined", "name": "Tiny", "blocks_total": 32})
+    assert "waiting" not in shown(view)
+    assert view.line_for(waits[0]) == lines[0]
+
+
 def test_many_peers_do_not_fill_the_screen():
     view = SwarmView(peers={f"10.0.0.{number}:1": "block 1" for number in range(100)})
     assert "and 88 more" in shown(view)
