@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -88,6 +89,8 @@ def connect(
     ``target`` is a magnet link or the path of a model.toml. Options beat ``TORRENTLM_*``, which beat the file.
     Raises ConfigError, ArtifactError (wrong magnet), NetworkError (nobody there).
     """
+    if port is None and not os.environ.get("TORRENTLM_PORT"):
+        port = 0  # a seeding node of this machine has the usual one
     overrides = {"data": data, "port": port, "peers": peers, "dht_bootstrap": dht_bootstrap}
     chosen = settings or load(target, overrides=overrides)
     return Model(Portal(lambda: open_client(chosen, on_event)))

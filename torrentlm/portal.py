@@ -74,7 +74,7 @@ class Portal(Generic[T]):
             job.future.set_exception(error)
         finally:
             if not job.future.done():
-                job.future.set_exception(concurrent.futures.CancelledError())
+                job.future.set_exception(LocalProtocolError("this model was closed meanwhile: connect again"))
 
     def _submit(self, work: Callable[[], Awaitable[object]]) -> _Job:
         job = _Job(work, concurrent.futures.Future(), trio.CancelScope())

@@ -13,7 +13,7 @@ from torrentlm.client.chat import ChatContext, chat_ids
 from torrentlm.client.generation import GenerationResult, Options, RouteHop, generate
 from torrentlm.client.route_finder import ROUTE_TIMEOUT_S, Directory, find_route
 from torrentlm.client.session import Links, RemoteSession, open_session
-from torrentlm.errors import RefusedError
+from torrentlm.errors import HolderLostError, NetworkError, RefusedError
 from torrentlm.records import Stop
 from torrentlm.route.plan import Hop
 from torrentlm.wire.messages import Want
@@ -22,6 +22,9 @@ from torrentlm.wire.tensors import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OPEN_ATTEMPTS = 3
+ELSEWHERE = ("busy", "memory", "no_block")
+"""Refusals of one holder that another may not share: the next route avoids it."""
 CHAT_LENGTH = 4096
 """Tokens of a chat's session, if the model allows as many."""
 
@@ -57,11 +60,28 @@ class ModelClient:
 
     async def open(self, *, batch: int = 1, max_length: int, pads: tuple[int, ...] | None = None) -> RemoteSession:
         """A session on the best route. Raises NoHolderError, RefusedError, HolderLostError, NetworkError."""
-        hops = await find_route(self._directory, waiting=self._waiting)
-        labels = [self._label(hop) for hop in hops]
-        return await open_session(
-            self._links, self._nursery, self._model, hops, labels, batch=batch, max_length=max_length, pads=pads
-        )
+        attempts = OPEN_ATTEMPTS
+        while True:
+            hops = await find_route(self._directory, waiting=self._waiting)
+            attempts -= 1
+            try:
+                return await open_session(
+                    self._links,
+                    self._nursery,
+                    self._model,
+                    hops,
+                    [self._label(hop) for hop in hops],
+                    batch=batch,
+                    max_length=max_length,
+                    pads=pads,
+                    blame=self._directory.blame,
+                )
+            except RefusedError as error:
+                if error.code not in ELSEWHERE or not attempts:
+                    raise
+            except (HolderLostError, NetworkError):
+                if not attempts:
+                    raise
 
     @asynccontextmanager
     async def session(
@@ -129,7 +149,13 @@ class ChatSession:
         if self._session is None:
             self.context.forget_cache()
             self._session = await self._client.open(max_length=self._max_length)
-        return await self.context.ask(self._session, text, self._client.complete(options), emit)
+        try:
+            return await self.context.ask(self._session, text, self._client.complete(options), emit)
+        except RefusedError as error:
+            if error.code != "max_length":
+                raise
+            sentence = f"this conversation has reached its {self._max_length} tokens: /reset begins a new one"
+            raise RefusedError(sentence, error.code) from error
 
     async def close(self) -> None:
         if self._session is not None:

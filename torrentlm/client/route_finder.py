@@ -9,6 +9,7 @@ import trio
 
 from torrentlm.errors import NoHolderError
 from torrentlm.manifest.manifest import Manifest
+from torrentlm.records import NodeKey
 from torrentlm.route.plan import Hop, Missing, plan_route
 from torrentlm.route.registry import Snapshot
 
@@ -22,6 +23,9 @@ class Directory(Protocol):
     manifest: Manifest
 
     def snapshot(self) -> Snapshot: ...
+
+    def blame(self, node: NodeKey) -> None:
+        """This holder failed: avoid it for a while."""
 
 
 async def find_route(

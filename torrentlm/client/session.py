@@ -8,13 +8,20 @@ back, reorder rows.
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import trio
 
-from torrentlm.errors import HolderLostError, LocalProtocolError, NetworkError, RefusedError, RemoteProtocolError
+from torrentlm.errors import (
+    HolderLostError,
+    LocalProtocolError,
+    NetworkError,
+    RefusedError,
+    RemoteProtocolError,
+    TorrentLMError,
+)
 from torrentlm.records import NodeKey, Sampling, SessionId, Stop
 from torrentlm.route.plan import Hop
 from torrentlm.wire.ids import ids_tensor
@@ -53,10 +60,10 @@ class Links(Protocol):
     async def send(self, node: NodeKey, message: Message, session: SessionId) -> None:
         """Send on the session's stream. Raises NetworkError when the node cannot be reached."""
 
-    def listen(self, session: SessionId, inbox: trio.MemorySendChannel[Message]) -> None:
-        """Deliver what holders send to this handle into ``inbox``."""
+    def listen(self, session: SessionId, holder: NodeKey, inbox: trio.MemorySendChannel[Message]) -> None:
+        """Deliver what ``holder``, and nobody else, sends to this handle into ``inbox``."""
 
-    def stop_listening(self, session: SessionId) -> None:
+    def stop_listening(self, session: SessionId, holder: NodeKey) -> None:
         """Undo :meth:`listen`."""
 
     async def wait_lost(self, node: NodeKey) -> None:
@@ -86,10 +93,14 @@ class RemoteSession:
         self._send_inbox, self._inbox = trio.open_memory_channel[Message | _Lost](1024)
         self._scope = trio.CancelScope()
         self._closed = False
+        self._lease_s = LEASE_S
+        self._stepping = False
+        self.culprit: NodeKey | None = None
+        """The holder that the last failure is about."""
         self.lost = False
         """A holder went away or refused: nothing more will come of this session."""
-        for handle in self._handles:
-            links.listen(handle, self._send_inbox)
+        for hop, handle in zip(self.hops, self._handles, strict=True):
+            links.listen(handle, hop.node, self._send_inbox)
 
     @property
     def _stem(self) -> tuple[NodeKey, SessionId]:
@@ -118,32 +129,33 @@ class RemoteSession:
         )
 
     async def _open(self, model: bytes, pads: tuple[int, ...]) -> None:
-        async def open_hop(index: int) -> None:
-            hop = self.hops[index]
-            await self._links.connect(NextHop(hop.node, hop.endpoint.host, hop.endpoint.port, self._handles[index]))
-            await self._links.send(hop.node, self._open_message(index, model, pads), self._handles[index])
-
-        waiting = set(self._handles)
+        waiting = dict.fromkeys(self._handles)
         with trio.move_on_after(OPEN_TIMEOUT_S):
-            for index in range(len(self.hops)):
-                await open_hop(index)
+            for index, hop in enumerate(self.hops):
+                self.culprit = hop.node
+                await self._links.connect(NextHop(hop.node, hop.endpoint.host, hop.endpoint.port, self._handles[index]))
+                await self._send(index, self._open_message(index, model, pads))
             while waiting:
+                self.culprit = self.hops[self._handles.index(next(iter(waiting)))].node
                 message = await self._next()
                 if isinstance(message, Opened):
-                    waiting.discard(message.session)
-        if waiting:
-            late = self._labels[self._handles.index(waiting.pop())]
-            raise HolderLostError(f"{late} did not open a session within {OPEN_TIMEOUT_S:.0f} s: try again")
+                    waiting.pop(message.session, None)
+                    self._lease_s = min(self._lease_s, message.lease_ms / 1000)
+            self.culprit = None
+            return
+        label = next(label for hop, label in zip(self.hops, self._labels, strict=True) if hop.node == self.culprit)
+        raise HolderLostError(f"{label} did not open a session within {OPEN_TIMEOUT_S:.0f} s: try again")
 
     async def _next(self) -> Message:
         """The next message of any holder of this session; failures become exceptions."""
         message = await self._inbox.receive()
         if isinstance(message, _Lost):
-            self.lost = True
+            self.lost, self.culprit = True, self.hops[message.hop].node
             raise HolderLostError(f"{self._labels[message.hop]} went away in the middle of the session: ask again")
         if isinstance(message, Fail) and message.epoch >= self._epoch:
-            self.lost = True
-            label = self._labels[self._handles.index(message.session)]
+            hop = self._handles.index(message.session)
+            label = self._labels[hop]
+            self.lost, self.culprit = True, self.hops[hop].node
             if message.code == "lost_next":
                 raise HolderLostError(f"{label} lost the next holder on the route ({message.message}): ask again")
             raise RefusedError(f"{label}: {message.message}", message.code)
@@ -153,7 +165,7 @@ class RemoteSession:
         try:
             await self._links.send(self.hops[hop].node, message, self._handles[hop])
         except NetworkError as error:
-            self.lost = True
+            self.lost, self.culprit = True, self.hops[hop].node
             raise HolderLostError(f"{self._labels[hop]} cannot be reached any more ({error}): ask again") from error
 
     async def _keep(self) -> None:
@@ -163,7 +175,7 @@ class RemoteSession:
                 for index in range(len(self.hops)):
                     nursery.start_soon(self._watch, index)
                 while True:
-                    await trio.sleep(LEASE_S / 3)
+                    await trio.sleep(self._lease_s / 3)
                     for hop, handle in enumerate(self._handles):
                         try:
                             await self._links.send(self.hops[hop].node, Renew((handle,)), handle)
@@ -280,8 +292,10 @@ class RemoteSession:
         the step.
         """
         start = self.length if position is None else position
-        if start != self.length or self._epoch == 0:
+        # A step that was broken off may still be under way: its output must not be taken for this one's.
+        if start != self.length or self._epoch == 0 or self._stepping:
             self._new_epoch(start)
+        self._stepping = True
         await self._send(
             0,
             self._step(
@@ -295,6 +309,7 @@ class RemoteSession:
                     if len(message.tensors) != 1:
                         raise RemoteProtocolError(f"{self._labels[-1]} sent {len(message.tensors)} tensors as logits")
                     self.length = start + len(rows[0])
+                    self._stepping = False
                     return message.tensors[0]
         raise HolderLostError(f"no output came for {SILENCE_LIMIT_S:.0f} s: ask again")
 
@@ -305,13 +320,13 @@ class RemoteSession:
         self._closed = True
         self._scope.cancel()
         with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
-            for hop, handle in enumerate(self._handles):
+            for index, handle in enumerate(self._handles):
                 try:
-                    await self._links.send(self.hops[hop].node, Close(handle), handle)
+                    await self._links.send(self.hops[index].node, Close(handle), handle)
                 except NetworkError:
                     continue
-        for handle in self._handles:
-            self._links.stop_listening(handle)
+        for hop, handle in zip(self.hops, self._handles, strict=True):
+            self._links.stop_listening(handle, hop.node)
 
 
 async def open_session(
@@ -324,16 +339,20 @@ async def open_session(
     batch: int = 1,
     max_length: int,
     pads: tuple[int, ...] | None = None,
+    blame: Callable[[NodeKey], None] = lambda node: None,
 ) -> RemoteSession:
     """Open a session on every holder of ``hops``; the caller closes it. ``nursery`` runs its watchers until then.
 
-    ``labels`` name the holders in messages to a person. Raises RefusedError, HolderLostError, NetworkError.
+    ``labels`` name the holders in messages to a person; ``blame`` hears which holder it was that an opening failed at.
+    Raises RefusedError, HolderLostError, NetworkError.
     """
     session = RemoteSession(links, hops, labels, batch, max_length)
     try:
         await session._open(model, pads or (0,) * batch)
-    except BaseException:
+    except BaseException as error:
         await session.close()
+        if isinstance(error, TorrentLMError) and session.culprit is not None:
+            blame(session.culprit)
         raise
     nursery.start_soon(session._keep)
     return session

@@ -114,7 +114,7 @@ class SpanRunner:
         ``given`` are token ids, int [batch, n], where the span has the stem, else the border before its first layer.
         Returns the border behind the span, or logits where the span has the head and ``want`` asks for them. Raises
         RemoteProtocolError if ``given`` is not what this span takes, RefusedError if the step is too long
-        ("max_length") or fails ("compute"; the cache is lost then).
+        ("max_length") or fails ("internal"; the cache is lost then).
         """
         tokens = self._check(cache, given)
         logits = self.has_head and want in (Want.SAMPLE, Want.LOGITS_LAST, Want.LOGITS_ALL)
@@ -126,7 +126,7 @@ class SpanRunner:
                 result = self._run(self._step, given)
             except (RuntimeError, ValueError, IndexError, MemoryError) as error:  # out of the model's own code
                 cache.broken = True
-                raise RefusedError(f"The step could not be computed: {first_line(error)}", "compute") from error
+                raise RefusedError(f"The step could not be computed: {first_line(error)}", "internal") from error
             finally:
                 del self._step
             cache.length += tokens
@@ -170,7 +170,7 @@ class SpanRunner:
         else:
             tokens = self._check_ids(given, cache.batch)
         if cache.broken:
-            raise RefusedError("An earlier step of this session failed half-way; open a new session.", "compute")
+            raise RefusedError("An earlier step of this session failed half-way; open a new session.", "internal")
         if cache.length + tokens > cache.max_length:
             raise RefusedError(
                 f"The session was opened for {cache.max_length} tokens: after {cache.length} no {tokens} more fit.",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torrentlm.compute.border import Logits, from_wire, to_wire
+from torrentlm.compute.cache import SpanCache
 from torrentlm.errors import RefusedError
 from torrentlm.holder.head import Emission, HeadRun
 from torrentlm.holder.model import HeldModel
@@ -48,10 +49,16 @@ class Execution:
         self._runner = model.runner(span)
         self._batch = opened.batch
         self._max_length = opened.max_length
-        self.kv_bytes = self._runner.cache_bytes(opened.batch, opened.max_length)
-        self._cache = self._runner.open(opened.batch, opened.max_length, opened.pads)
+        self._pads = opened.pads
+        tables = 2 * 8 * opened.batch * opened.max_length  # the mask and the positions
+        self.kv_bytes = self._runner.cache_bytes(opened.batch, opened.max_length) + tables
+        self._cache: SpanCache
         self._orders: dict[int, Generate] = {}
         self._head_run: HeadRun | None = None
+
+    def start(self) -> None:
+        """Take the room that ``kv_bytes`` announced; nothing large is allocated before. Raises RefusedError."""
+        self._cache = self._runner.open(self._batch, self._max_length, self._pads)
 
     @property
     def is_head(self) -> bool:

@@ -14,8 +14,9 @@ from typing import Protocol
 import trio
 
 from torrentlm.compute.device import Device
-from torrentlm.errors import NetworkError, RefusedError, TorrentLMError
+from torrentlm.errors import NetworkError, RefusedError, RemoteProtocolError
 from torrentlm.holder.execution import Execution, Result
+from torrentlm.holder.failures import explain, failure
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.session import Session
 from torrentlm.records import NodeKey, SessionId
@@ -39,8 +40,8 @@ from torrentlm.wire.messages import (
 log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 256
-MAX_QUEUED_STEPS = 64
-MAX_LEASE_S = 600.0
+MAX_QUEUED_STEPS = 256
+TELL_LIMIT_S = 2.0
 REAP_EVERY_S = 1.0
 GENERATE_WAIT_S = 10.0
 """How long the head waits for the client's Generate when the activations overtook it."""
@@ -74,7 +75,10 @@ class _Live:
 
 
 class Holder:
-    """Owns every session on this node. ``kv_budget`` in bytes bounds the KV-caches of all sessions together."""
+    """Owns every session on this node. ``kv_budget`` in bytes bounds the KV-caches of all sessions together.
+
+    A session whose client does not renew it for ``max_lease`` seconds, or for the shorter time it asked for, is freed.
+    """
 
     def __init__(
         self,
@@ -83,15 +87,18 @@ class Holder:
         device: Device,
         *,
         kv_budget: int,
+        max_lease: float = 600.0,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._node = node
         self._outbox = outbox
         self._device = device
         self._kv_budget = kv_budget
+        self._max_lease = max_lease
         self._changed = changed
         self._models: dict[bytes, HeldModel] = {}
         self._live: dict[SessionId, _Live] = {}
+        self._opening: set[SessionId] = set()
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -138,8 +145,10 @@ class Holder:
                 for session in message.sessions:
                     if live := self._of_client(sender, session):
                         live.session.renew(trio.current_time())
-            case Close() if live := self._of_client(sender, message.session):
-                self._end(live)
+            case Close():
+                self._opening.discard(message.session)
+                if live := self._of_client(sender, message.session):
+                    self._end(live)
             case Fail():
                 await self._next_failed(sender, message)
             case _:
@@ -158,33 +167,45 @@ class Holder:
 
     async def _open(self, sender: NodeKey, message: Open) -> None:
         try:
-            model = self._models.get(message.model)
-            if model is None:
-                raise RefusedError("this peer holds no block of that model", "wrong_model")
-            execution = await trio.to_thread.run_sync(Execution, model, message)
-            live = self._admit_session(sender, message, execution)
-        except TorrentLMError as error:
-            code = error.code if isinstance(error, RefusedError) else "internal"
-            await self._tell(sender, Fail(message.session, message.epoch, code, str(error), None), message.session)
+            live = await self._admit_session(sender, message)
+        except Exception as error:
+            # What a peer asks for may fail in ways that only the model's own code knows.
+            fail = failure(message.session, message.epoch, *explain(error), message.first)
+            await self._tell(sender, fail, message.session)
+            return
+        finally:
+            self._opening.discard(message.session)
+        if live is None:
             return
         if message.next is not None and message.next.node != self._node and self._nursery is not None:
             self._nursery.start_soon(self._dial_ahead, message.next)
-        await self._tell(sender, Opened(message.session, message.epoch, live.kv_bytes), message.session)
+        opened = Opened(message.session, message.epoch, live.kv_bytes, int(live.session.lease_s * 1000))
+        await self._tell(sender, opened, message.session)
 
-    def _admit_session(self, client: NodeKey, message: Open, execution: Execution) -> _Live:
+    async def _admit_session(self, client: NodeKey, message: Open) -> _Live | None:
+        """The session, with its room; None if the client closed it before it was open."""
+        model = self._models.get(message.model)
+        if model is None:
+            raise RefusedError("this peer holds no block of that model", "wrong_model")
+        if message.session in self._live or message.session in self._opening:
+            raise RefusedError("this session is open already", "bad_request")
+        if len(self._live) + len(self._opening) >= MAX_SESSIONS:
+            raise RefusedError(f"this holder serves {MAX_SESSIONS} sessions already: try again later", "busy")
+        self._opening.add(message.session)
+        execution = await trio.to_thread.run_sync(Execution, model, message)
+        if message.session not in self._opening:
+            return None
         if self._nursery is None:
             raise RefusedError("this holder is shutting down", "busy")
-        if message.session in self._live:
-            raise RefusedError("this session is open already", "bad_request")
-        if len(self._live) >= MAX_SESSIONS:
-            raise RefusedError(f"this holder serves {MAX_SESSIONS} sessions already: try again later", "busy")
         if self.kv_bytes + execution.kv_bytes > self._kv_budget:
             free = max(0, self._kv_budget - self.kv_bytes)
             raise RefusedError(
-                f"a KV-cache of {execution.kv_bytes >> 20} MiB does not fit: this holder has {free >> 20} MiB left",
+                f"a KV-cache of {execution.kv_bytes / 1e6:.2f} MB does not fit: "
+                f"this holder has {free / 1e6:.2f} MB left",
                 "memory",
             )
-        lease = min(message.lease_ms / 1000, MAX_LEASE_S)
+        execution.start()
+        lease = min(message.lease_ms / 1000, self._max_lease)
         session = Session(
             id=message.session,
             client=client,
@@ -216,18 +237,15 @@ class Holder:
         live = self._live.get(step.session)
         if live is None:
             # Stale steps of a session just closed are normal; only the client can act on the news.
-            await self._tell(
-                sender,
-                Fail(step.session, step.epoch, "unknown_session", "this session is not open here", None),
-                step.session,
-            )
+            fail = failure(step.session, step.epoch, "unknown_session", "this session is not open here", None)
+            await self._tell(sender, fail, step.session)
             return
-        rows, tokens = extent_of(step)
         try:
+            rows, tokens = extent_of(step)
             if live.session.admit(sender, step.epoch, step.position, tokens, rows):
                 live.queue.send_nowait(step)
-        except RefusedError as error:
-            await self._fail(live, step.epoch, error.code, str(error), end=False)
+        except (RefusedError, RemoteProtocolError) as error:
+            await self._fail(live, step.epoch, *explain(error), end=False)
         except trio.WouldBlock:
             await self._fail(
                 live, step.epoch, "busy", f"more than {MAX_QUEUED_STEPS} steps of this session are waiting"
@@ -263,16 +281,9 @@ class Holder:
             result = await self._device.run(live.execution.run, step)
             if not live.session.is_stale(step.epoch):
                 await self._deliver(live, step, result)
-        except NetworkError as error:
-            return "lost_next", str(error)
-        except TorrentLMError as error:
-            return error.code if isinstance(error, RefusedError) else "bad_request", str(error)
-        except MemoryError:
-            return "memory", "this holder ran out of memory: close a session or choose another holder"
-        except Exception:
+        except Exception as error:
             # The one place where a bug in a model's forward must not take the other sessions with it.
-            log.exception("session %s failed", live.session.id.hex()[:8])
-            return "internal", "this holder failed while it ran the step: its log says why"
+            return explain(error)
         return None
 
     async def _await_order(self, live: _Live, step: Step) -> None:
@@ -289,32 +300,17 @@ class Holder:
         after = step.position + extent_of(step)[1]
         if result.emission is not None:
             emission = result.emission
+            token = Token(session.id, step.epoch, after, emission.index, emission.tokens, emission.finish)
             if emission.finish is not None:
                 session.halt(step.epoch)
-            if hop is not None:
+                await self._outbox.send(session.client, token, session.id)
+                if hop is not None:
+                    await self._tell(hop.node, Halt(hop.session, step.epoch), hop.session)
+                return
+            if hop is not None and result.fed is not None:
                 # The next lap first: the client's copy of the token is not on the critical path.
-                onward = (
-                    Step(
-                        session=hop.session,
-                        epoch=step.epoch,
-                        position=after,
-                        emit_from=step.emit_from,
-                        want=Want.SAMPLE,
-                        reorder=None,
-                        tensors=(result.fed,),
-                    )
-                    if emission.finish is None and result.fed is not None
-                    else Halt(hop.session, step.epoch)
-                )
-                await self._outbox.send(hop.node, onward, hop.session)
-            token = Token(
-                session.id,
-                step.epoch,
-                after,
-                emission.index,
-                emission.tokens,
-                emission.finish,
-            )
+                fed = Step(hop.session, step.epoch, after, step.emit_from, Want.SAMPLE, None, (result.fed,))
+                await self._outbox.send(hop.node, fed, hop.session)
             await self._outbox.send(session.client, token, session.id)
         elif result.border is not None and hop is not None and not live.execution.is_head:
             tensors, tree = result.border
@@ -336,16 +332,17 @@ class Holder:
 
     async def _fail(self, live: _Live, epoch: int, code: str, message: str, *, end: bool = True) -> None:
         session = live.session
-        await self._tell(session.client, Fail(session.id, epoch, code, message, session.span.first), session.id)
+        await self._tell(session.client, failure(session.id, epoch, code, message, session.span.first), session.id)
         if end:
             self._end(live)
 
     async def _tell(self, node: NodeKey, message: Message, session: SessionId) -> None:
-        """Send what nobody waits for: a peer that is gone by now misses nothing."""
-        try:
-            await self._outbox.send(node, message, session)
-        except NetworkError as error:
-            log.debug("%s", error)
+        """Send what nobody waits for: a peer that is gone or takes nothing misses it, and holds up nobody else."""
+        with trio.move_on_after(TELL_LIMIT_S):
+            try:
+                await self._outbox.send(node, message, session)
+            except NetworkError as error:
+                log.debug("%s", error)
 
     def _end(self, live: _Live) -> None:
         if self._live.pop(live.session.id, None) is not None:

@@ -25,7 +25,9 @@ class Computing:
 
     def __init__(self, key: NodeKey, config: NodeConfig, outbox: Outbox, changed: Callable[[], None]) -> None:
         self.device = Device(threads=config.threads)
-        self.holder = Holder(key, outbox, self.device, kv_budget=kv_budget(config), changed=changed)
+        self.holder = Holder(
+            key, outbox, self.device, kv_budget=kv_budget(config), max_lease=config.lease, changed=changed
+        )
         self._precision = config.precision
 
     async def load(self, membership: Membership, span: Span) -> None:

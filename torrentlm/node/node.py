@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from torrentlm.config import NodeConfig
-from torrentlm.errors import NetworkError
+from torrentlm.errors import NetworkError, RemoteProtocolError
 from torrentlm.gateway.gateway import Gateway
 from torrentlm.gateway.pipe import Pipe
 from torrentlm.manifest.magnet import Magnet
@@ -25,9 +25,11 @@ from torrentlm.node.membership import Membership
 from torrentlm.node.parts import Parts, Say
 from torrentlm.records import Endpoint, InfoHash, NodeKey, SessionId
 from torrentlm.structured import single_error
+from torrentlm.swarm.addresses import is_address
 from torrentlm.swarm.session import Swarm
 from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP
 from torrentlm.swarm.store import Store
+from torrentlm.wire.frames import ByeCode
 from torrentlm.wire.messages import Fail, Message, NextHop, Open, Opened, Output, Peers, Record, Token
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class Node:
         self.memberships: dict[bytes, Membership] = {}
         self._nursery = nursery
         self._computing: Computing | None = None
-        self._listeners: dict[SessionId, trio.MemorySendChannel[Message]] = {}
+        self._listeners: dict[tuple[SessionId, NodeKey], trio.MemorySendChannel[Message]] = {}
 
     @property
     def endpoint(self) -> Endpoint:
@@ -96,6 +98,8 @@ class Node:
         pipe = self.parts.gateway.pipes.get(hop.node)
         if pipe is not None:
             return pipe
+        if not is_address(hop.host):
+            raise NetworkError("a holder's host must be an IP address")
         membership = next(iter(self.memberships.values()), None)
         if membership is None:
             raise NetworkError("this node takes part in no model yet")
@@ -112,11 +116,11 @@ class Node:
             raise NetworkError("there is no connection to that peer any more")
         await pipe.send(message, pipe.stream_of(session))
 
-    def listen(self, session: SessionId, inbox: trio.MemorySendChannel[Message]) -> None:
-        self._listeners[session] = inbox
+    def listen(self, session: SessionId, holder: NodeKey, inbox: trio.MemorySendChannel[Message]) -> None:
+        self._listeners[session, holder] = inbox
 
-    def stop_listening(self, session: SessionId) -> None:
-        self._listeners.pop(session, None)
+    def stop_listening(self, session: SessionId, holder: NodeKey) -> None:
+        self._listeners.pop((session, holder), None)
 
     async def wait_lost(self, node: NodeKey) -> None:
         if node == self.key:
@@ -140,6 +144,8 @@ class Node:
             while True:
                 _stream, message = await pipe.receive()
                 await self._take(pipe.peer, message)
+        except RemoteProtocolError as error:
+            pipe.close(ByeCode.PROTOCOL_ERROR, str(error))
         except NetworkError:
             pass  # whoever needs this peer hears of it from wait_lost or from send
         finally:
@@ -151,11 +157,15 @@ class Node:
             for membership in self.memberships.values():
                 membership.peers.hear(sender, message)
             return
-        if isinstance(message, Opened | Token | Output | Fail) and (inbox := self._listeners.get(message.session)):
+        if isinstance(message, Opened | Token | Output | Fail) and (
+            inbox := self._listeners.get((message.session, sender))
+        ):
             try:
                 inbox.send_nowait(message)
             except (trio.WouldBlock, trio.BrokenResourceError):
-                self._listeners.pop(message.session)  # a client that does not read loses its tokens, nobody else's
+                self._listeners.pop(
+                    (message.session, sender)
+                )  # a client that does not read loses its tokens, nobody else's
             return
         if self._computing is not None:
             await self._computing.holder.handle(sender, message)

@@ -171,11 +171,14 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Holder to client: the session has its room, ``kv_bytes`` of memory at full length."""
+    """Holder to client: the session has its room, ``kv_bytes`` of memory at full length.
+
+    It ends ``lease_ms`` after its last renewal, which is at most what the client asked for."""
 
     session: Session
     epoch: Epoch
     kv_bytes: Annotated[int, _u63]
+    lease_ms: Annotated[int, Int(1, 86_400_000)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,10 +111,10 @@ class Outlet:
     async def send(self, node: NodeKey, message: Message, session: SessionId) -> None:
         await self.chain.carry(self.node, node, message)
 
-    def listen(self, session: SessionId, inbox: trio.MemorySendChannel[Message]) -> None:
+    def listen(self, session: SessionId, holder: NodeKey, inbox: trio.MemorySendChannel[Message]) -> None:
         self.chain.listeners[session] = inbox
 
-    def stop_listening(self, session: SessionId) -> None:
+    def stop_listening(self, session: SessionId, holder: NodeKey) -> None:
         self.chain.listeners.pop(session, None)
 
     async def wait_lost(self, node: NodeKey) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import trio
+import trio.lowlevel
 import trio.testing
 from transformers import PreTrainedModel
 
-from tests.unit.holder.chain import Chain, open_chain, publish_model, save_model, session_on
+from tests.unit.holder.chain import CLIENT, Chain, open_chain, publish_model, save_model, session_on
 from torrentlm.client.session import RemoteSession
 from torrentlm.compute.border import unpack
 from torrentlm.errors import HolderLostError, LocalProtocolError, RefusedError
@@ -22,7 +24,8 @@ from torrentlm.publish.published import Published
 from torrentlm.records import Sampling, SessionId, Span, Stop
 from torrentlm.structured import single_error
 from torrentlm.wire.ids import extent_of, ids_tensor
-from torrentlm.wire.messages import Halt, Step, Token, Want
+from torrentlm.wire.messages import Close, Fail, Halt, Step, Token, Want
+from torrentlm.wire.tensors import Tensor
 
 THIRDS = [Span(0, 2), Span(3, 4), Span(5, 7)]
 PROMPT = [5, 17, 3, 80, 41]
@@ -269,7 +272,7 @@ def test_a_full_kv_budget_is_refused_and_close_makes_room(tiny: Tiny) -> None:
         async with session_on(chain, tiny.id) as session:
             assert len(await generate(session, PROMPT, 4)) == 4
 
-    # A session of 128 tokens takes 32 KiB on every holder: two layers each.
+    # A session of 128 tokens takes 34 KiB on every holder: two layers each, a mask and positions.
     run(tiny, body, kv_budget=40 << 10)
 
 
@@ -325,6 +328,84 @@ def test_steps_of_old_epochs_strangers_and_repeats_do_nothing(tiny: Tiny) -> Non
     run(tiny, body)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"tensors": ()},
+        {"tensors": (Tensor("I32", (5,), bytes(20)),)},
+        {"tensors": (Tensor("F32", (1, 5), bytes(20)),)},
+        {"tensors": (Tensor("I32", (1, 1), b"\xff\xff\xff\x7f"),)},
+        {"reorder": (255,) * 256},
+        {"position": 77},
+    ],
+    ids=str,
+)
+def test_odd_steps_hurt_their_own_session_only(tiny: Tiny, odd: dict[str, Any]) -> None:
+    async def body(chain: Chain) -> None:
+        async with session_on(chain, tiny.id) as healthy, session_on(chain, tiny.id) as hurt:
+            step = Step(hurt._handles[0], 1, 0, 0, Want.LOGITS_ALL, None, (ids_tensor([[7]]),))
+            await chain.holders[chain.hops[0].node].handle(CLIENT, replace(step, **odd))
+            with trio.fail_after(5):
+                while not any(isinstance(message, Fail) for _, message in chain.sent):
+                    await trio.sleep(0.01)
+            assert ids_of(await generate(healthy, PROMPT, 6)) == tiny.greedy(PROMPT, 6)
+
+    run(tiny, body)
+
+
+def test_a_failing_forward_is_a_failure_of_its_session(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Execution.run
+
+    def fails(self: Execution, step: Step) -> Result:
+        if step.position == 0:
+            raise RefusedError("x" * 5000, "no such code")
+        return whole(self, step)
+
+    monkeypatch.setattr(Execution, "run", fails)
+
+    async def body(chain: Chain) -> None:
+        with pytest.raises(RefusedError, match="xxx") as refused:
+            async with session_on(chain, tiny.id) as session:
+                await generate(session, PROMPT, 4)
+        assert refused.value.code == "internal"
+
+    run(tiny, body)
+
+
+def test_a_step_broken_off_does_not_answer_the_next(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Execution.run
+
+    def slowly(self: Execution, step: Step) -> Result:
+        time.sleep(0.1)
+        return whole(self, step)
+
+    async def body(chain: Chain) -> None:
+        async with session_on(chain, tiny.id) as session:
+            await session.step([PROMPT])
+            monkeypatch.setattr(Execution, "run", slowly)
+            with trio.move_on_after(0.05):
+                await session.step([[4]])
+            found = unpack(await session.step([[9]]))
+        expected = tiny.logits([[*PROMPT, 9]])[:, -1:]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    run(tiny, body)
+
+
+def test_close_overtakes_an_open_that_is_being_built(tiny: Tiny) -> None:
+    async def body(chain: Chain) -> None:
+        async with session_on(chain, tiny.id) as session:
+            opened = replace(session._open_message(0, tiny.id, (0,)), session=SessionId(b"o" * 16))
+        holder = chain.holders[chain.hops[0].node]
+        await holder.handle(CLIENT, opened)
+        await trio.lowlevel.checkpoint()
+        await holder.handle(CLIENT, Close(opened.session))
+        await trio.testing.wait_all_tasks_blocked(0.3)
+        assert holder.sessions == 0 and holder.kv_bytes == 0
+
+    run(tiny, body)
+
+
 def test_positions_past_the_end_are_our_own_mistake(tiny: Tiny) -> None:
     async def body(chain: Chain) -> None:
         async with session_on(chain, tiny.id) as session:
@@ -336,8 +417,6 @@ def test_positions_past_the_end_are_our_own_mistake(tiny: Tiny) -> None:
 
 def test_an_unknown_session_is_refused_not_ignored(tiny: Tiny) -> None:
     async def body(chain: Chain) -> None:
-        from tests.unit.holder.chain import CLIENT
-
         step = Step(SessionId(bytes(16)), 0, 0, 0, Want.SAMPLE, None, (ids_tensor([[7]]),))
         await chain.holders[chain.hops[0].node].handle(CLIENT, step)
         assert chain.sent[-1][1].code == "unknown_session"  # type: ignore[union-attr]
