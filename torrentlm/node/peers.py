@@ -17,6 +17,7 @@ from torrentlm.gateway.pipe import Pipe
 from torrentlm.node.parts import Parts
 from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord
 from torrentlm.route.registry import Registry, Snapshot
+from torrentlm.swarm.addresses import is_address
 from torrentlm.swarm.discovery import Discovery, Source
 from torrentlm.wire.messages import Contact, Message, Peers, Record
 
@@ -28,6 +29,8 @@ MAX_GOSSIP = 32
 MAX_KEYS = 1000
 RECORD_EVERY_S = 0.5
 """Changes of our record within this time go out as one."""
+PUT_EVERY_S = 45 * 60.0
+"""DHT nodes drop an item that was not put again for two hours, and come and go themselves; BEP 44 advises an hour."""
 
 
 class ModelPeers:
@@ -62,9 +65,12 @@ class ModelPeers:
         return self.registry.snapshot(trio.current_time())
 
     def learn(self, endpoints: Sequence[Endpoint], source: Source) -> None:
-        """Endpoints that may be peers of this model. Peers are DHT nodes too, on the same port."""
+        """Endpoints that may be peers of this model. Peers are DHT nodes too, on the same port.
+
+        Host names are passed over: nobody but the operator makes us look one up (``addresses.resolve``).
+        """
         for endpoint in endpoints:
-            if self._discovery.add(endpoint, source):
+            if is_address(endpoint.host) and self._discovery.add(endpoint, source):
                 self.registry.heard_of(endpoint)
                 if source is not Source.DHT:
                     self._parts.swarm.dht.add_node(endpoint)
@@ -88,10 +94,14 @@ class ModelPeers:
             await pipe.send(Peers(entries))
 
     def _gossip(self, to: NodeKey) -> tuple[Contact, ...]:
-        others = (candidate for candidate in self.snapshot().candidates if candidate.node != to)
+        others = (other for other in self.snapshot().candidates if other.node != to and other.has_blocks)
         return tuple(Contact(other.node, other.endpoint.host, other.endpoint.port) for other in others)[:MAX_GOSSIP]
 
     def parted(self, node: NodeKey) -> None:
+        """A pipe to ``node`` ended; a newer one may have taken its place."""
+        newer = self._parts.gateway.pipes.get(node)
+        if newer is not None and not newer.closed.is_set():
+            return
         self.registry.disconnected(node)
 
     def hear(self, sender: NodeKey, message: Message) -> None:
@@ -101,7 +111,7 @@ class ModelPeers:
                 self.registry.record(record)
             case Peers(entries):
                 self.learn([entry.endpoint for entry in entries], Source.GOSSIP)
-                self._keys |= {entry.endpoint: entry.node for entry in entries}
+                self._keys |= {entry.endpoint: entry.node for entry in entries if is_address(entry.endpoint.host)}
                 while len(self._keys) > MAX_KEYS:
                     del self._keys[next(iter(self._keys))]
             case _:
@@ -128,9 +138,8 @@ class ModelPeers:
             else:
                 self._discovery.met(endpoint, trio.current_time())
                 return
-        if gateway.is_own(endpoint):
-            self.registry.forget(endpoint)
-        else:
+        self.registry.retain(frozenset(self._discovery.endpoints()))
+        if not gateway.is_own(endpoint):
             await self._follow(endpoint)
 
     async def _follow(self, endpoint: Endpoint) -> None:
@@ -152,8 +161,13 @@ class ModelPeers:
 
     async def _spread_record(self) -> None:
         async with trio.open_nursery() as nursery:
+            await self._changed.wait()
             while True:
-                await self._changed.wait()
+                with trio.move_on_after(PUT_EVERY_S) as unchanged:
+                    await self._changed.wait()
+                if unchanged.cancelled_caught:
+                    nursery.start_soon(self._put_record, self._record)
+                    continue
                 await trio.sleep(RECORD_EVERY_S)
                 self._changed = trio.Event()
                 nursery.start_soon(self._put_record, self._record)

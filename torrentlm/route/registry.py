@@ -5,6 +5,7 @@ State without I/O and without a clock: whoever owns it says what happened and wh
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torrentlm.records import Endpoint, NodeKey, PeerRecord, Span
@@ -14,6 +15,9 @@ SMOOTHING = 0.25
 
 FAILURE_MEMORY_S = 30.0
 """For how long a failure makes a peer the last choice."""
+
+MAX_PEERS = 1000
+"""Peers, and endpoints that have not answered: of each so many are remembered."""
 
 
 @dataclass(slots=True)
@@ -39,6 +43,11 @@ class Candidate:
     sessions: int = 0
     suspect: bool = False
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether it serves, has on disk, or is fetching any block; clients do not."""
+        return bool(self.resident or self.held or self.claimed)
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -55,26 +64,46 @@ class Registry:
     def __init__(self, own: NodeKey) -> None:
         self._own = own
         self._peers: dict[NodeKey, _Peer] = {}
-        self._silent: set[Endpoint] = set()
+        self._silent: dict[Endpoint, None] = {}  # the oldest first
 
     def heard_of(self, endpoint: Endpoint) -> None:
         """An endpoint that may turn out to be a peer; it counts as known until it answers."""
         if all(peer.endpoint != endpoint for peer in self._peers.values()):
-            self._silent.add(endpoint)
+            self._silent[endpoint] = None
+            if len(self._silent) > MAX_PEERS:
+                del self._silent[next(iter(self._silent))]
 
-    def forget(self, endpoint: Endpoint) -> None:
-        """An endpoint that turned out to be nobody's (our own, or no peer of this model)."""
-        self._silent.discard(endpoint)
+    def retain(self, endpoints: Collection[Endpoint]) -> None:
+        """Forget everybody who is neither connected nor at one of ``endpoints``: nobody tries them any more."""
+        self._silent = {endpoint: None for endpoint in self._silent if endpoint in endpoints}
+        self._peers = {node: peer for node, peer in self._peers.items() if peer.connected or peer.endpoint in endpoints}
 
     def connected(self, node: NodeKey, endpoint: Endpoint) -> None:
+        """A pipe to ``node`` is there. With ``MAX_PEERS`` of them connected already, it is not remembered."""
+        self._silent.pop(endpoint, None)
+        if node not in self._peers and not self._make_room():
+            return
         peer = self._peers.setdefault(node, _Peer(endpoint))
+        if not peer.connected:
+            peer.record = None  # a restarted node counts its records from 0 again, and begins with one
         peer.endpoint = endpoint
         peer.connected = True
-        self._silent.discard(endpoint)
+
+    def _make_room(self) -> bool:
+        if len(self._peers) < MAX_PEERS:
+            return True
+        gone = next((node for node, peer in self._peers.items() if not peer.connected), None)
+        if gone is None:
+            return False
+        del self._peers[gone]
+        return True
 
     def disconnected(self, node: NodeKey) -> None:
+        """Its pipe ended. A holder may come back, and what it holds is remembered; anybody else was passing through."""
         if peer := self._peers.get(node):
             peer.connected = False
+            if peer.record is None or not (peer.record.resident or peer.record.held or peer.record.claimed):
+                del self._peers[node]
 
     def record(self, record: PeerRecord) -> bool:
         """Take a peer's record; True if it says something new. Records of peers never connected to are ignored."""

@@ -54,7 +54,7 @@ class Store:
         try:
             with _storage_errors(data):
                 self._check_format()
-                self._verified = self._load_verified()
+                self._verified = _read_verified(data)
         except StorageError:
             self.close()
             raise
@@ -146,24 +146,48 @@ class Store:
 
     def verify(self, name: str) -> bool:
         """Hash the file now and record the outcome. Streams it (about 1 GB/s): call it in a worker thread."""
-        path = self.path(name)
-        with _storage_errors(path):
-            good = path.is_file() and pieces_root(path).hex() == name.partition(".")[0]
+        good = self.matches(name)
         if good:
             self.mark_verified(name)
         else:
             self.mark_unverified(name)
         return good
 
-    def require_space(self, files: Mapping[str, int]) -> None:
-        """Raise StorageError unless the block files (name: size in bytes) that are not here yet fit on the disk."""
-        missing = sum(
-            max(0, size - _allocated(self.path(name))) for name, size in files.items() if not self.holds(name)
-        )
+    def matches(self, name: str) -> bool:
+        """Whether the file's content is what its name says. As slow as ``verify``, but changes nothing: any thread."""
+        path = self.path(name)
+        with _storage_errors(path):
+            return path.is_file() and pieces_root(path).hex() == name.partition(".")[0]
+
+    def missing(self, files: Mapping[str, int]) -> int:
+        """Bytes of these block files (name: size) that are not on the disk yet."""
+        return sum(max(0, size - _allocated(self.path(name))) for name, size in files.items() if not self.holds(name))
+
+    def room(self, disk: int | None) -> int:
+        """Bytes that block files may still take: what is free, and no more than is left of the budget ``disk``."""
         with _storage_errors(self.data):
             free = shutil.disk_usage(self.data).free
+            return free if disk is None else min(free, disk - self._occupied())
+
+    def require_space(self, files: Mapping[str, int], disk: int | None = None) -> None:
+        """Raise StorageError unless what is missing of the block files (name: size in bytes) fits.
+
+        It must fit on the disk, and all block files of this folder together within the budget ``disk``.
+        """
+        missing = self.missing(files)
+        with _storage_errors(self.data):
+            free = shutil.disk_usage(self.data).free
+            occupied = self._occupied()
         if missing > free:
             raise disk_full(missing, free, self.data)
+        if disk is not None and 0 < missing > disk - occupied:
+            raise StorageError(
+                f"disk = {disk / 1e6:,.1f} MB is too small: {self.blocks} has {occupied / 1e6:,.1f} MB of block files, "
+                f"and the blocks to fetch need {missing / 1e6:,.1f} MB more; raise --disk or hold fewer blocks"
+            )
+
+    def _occupied(self) -> int:
+        return sum(_allocated(path) for path in self.blocks.iterdir())
 
     # -- models
 
@@ -193,16 +217,6 @@ class Store:
                 f"{self.data} was written by another version ({found!r}, not {FORMAT!r}); choose another folder"
             )
 
-    def _load_verified(self) -> dict[str, tuple[int, int]]:
-        entries = _read_json(self.data / "verified.json")
-        if not isinstance(entries, dict):
-            return {}
-        return {
-            name: (stamp[0], stamp[1])
-            for name, stamp in entries.items()
-            if _FILE_NAME.fullmatch(name) and isinstance(stamp, list) and len(stamp) == 2
-        }
-
     def _save_verified(self) -> None:
         path = self.data / "verified.json"
         with _storage_errors(path):
@@ -217,11 +231,28 @@ def read_endpoint(data: Path) -> Endpoint | None:
         return None
 
 
+def complete_files(data: Path) -> dict[str, Path]:
+    """The complete block files of a data folder, by name. Only reads: works beside the node that has the folder."""
+    blocks = data / "blocks"
+    return {name: blocks / name for name, stamp in _read_verified(data).items() if _stamp(blocks / name) == stamp}
+
+
 def disk_full(needed: int, free: int, folder: Path) -> StorageError:
     return StorageError(
         f"disk full: block set needs {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free; "
         "free some or hold fewer blocks"
     )
+
+
+def _read_verified(data: Path) -> dict[str, tuple[int, int]]:
+    entries = _read_json(data / "verified.json")
+    if not isinstance(entries, dict):
+        return {}
+    return {
+        name: (stamp[0], stamp[1])
+        for name, stamp in entries.items()
+        if _FILE_NAME.fullmatch(name) and isinstance(stamp, list) and len(stamp) == 2
+    }
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -233,11 +264,12 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _allocated(path: Path) -> int:
-    """Bytes on disk: a file fetched in part is sparse, its size says nothing."""
+    """Bytes on disk: a file fetched in part is sparse, its size says nothing; nor does the slack of its last page."""
     try:
-        return path.stat().st_blocks * 512
+        status = path.stat()
     except OSError:
         return 0
+    return min(status.st_size, status.st_blocks * 512)
 
 
 def _lock(data: Path) -> IO[bytes]:
