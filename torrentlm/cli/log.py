@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TextIO
 
+EVERYTHING = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
 
 def configure() -> None:
     """Set up the root logger; once, by whoever owns the process."""
@@ -14,9 +16,6 @@ def configure() -> None:
     handler = _Stderr()
     handler.setFormatter(logging.Formatter(EVERYTHING) if debug else _OneLine())
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
-
-
-EVERYTHING = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class _Stderr(logging.StreamHandler[TextIO]):

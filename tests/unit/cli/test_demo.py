@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
+from rich.progress import Progress
 
 from torrentlm.cli import demo
 from torrentlm.config import Recipe, load
-from torrentlm.errors import ArtifactError, ConfigError, StorageError
+from torrentlm.errors import ArtifactError, ConfigError, NetworkError, StorageError
 
 
 @pytest.mark.parametrize("blocks", [*range(5, 40), 128])
@@ -52,6 +54,21 @@ def test_the_recipe_of_an_installation(tmp_path: Path, monkeypatch: pytest.Monke
     path.parent.mkdir(parents=True)
     path.touch()
     assert demo.find_recipe() == path
+
+
+def test_waiting_for_ever_is_not_taken_for_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Waiting:
+        left = 100
+
+        def next_event(self, timeout: float) -> tuple[str, dict[str, str]]:
+            self.left -= 1
+            assert self.left, "it waits for ever"
+            time.sleep(0.01)
+            return "holder-1", {"event": "waiting", "why": "no peer answers"}
+
+    monkeypatch.setattr(demo, "SILENCE_S", 0.1)
+    with Progress(disable=True) as progress, pytest.raises(NetworkError, match="Nothing happened"):
+        demo.Demo(Waiting(), tmp_path)._wait_for(["holder-1"], progress)
 
 
 def test_one_demo_at_a_time_in_a_folder(tmp_path: Path):
