@@ -134,7 +134,7 @@ class SpanCache:
         if surplus <= 0:
             return
         if any(getattr(layer, "sliding_window", self.length + 1) <= self.length for layer in self._layers()):
-            raise RefusedError("The model's sliding window has moved on, so this session cannot go back.", "bad_request")
+            raise RefusedError("The model's sliding window has moved on: this session cannot go back.", "bad_request")
         for layer in self._layers():
             layer.crop(-surplus)
         self.length = length

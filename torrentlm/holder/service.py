@@ -133,7 +133,10 @@ class Holder:
         match message:
             case Open() if self._nursery is not None:
                 # A task of its own: a span that no route used before is built in a thread first.
-                self._nursery.start_soon(self._open, sender, message)
+                fresh = message.session not in self._live and message.session not in self._opening
+                if fresh:
+                    self._opening.add(message.session)
+                self._nursery.start_soon(self._open, sender, message, fresh)
             case Step():
                 await self._step(sender, message)
             case Generate() if live := self._of_client(sender, message.session):
@@ -165,8 +168,10 @@ class Holder:
         live = self._live.get(session)
         return live if live is not None and live.session.client == sender else None
 
-    async def _open(self, sender: NodeKey, message: Open) -> None:
+    async def _open(self, sender: NodeKey, message: Open, fresh: bool) -> None:
         try:
+            if not fresh:
+                raise RefusedError("this session is open already", "bad_request")
             live = await self._admit_session(sender, message)
         except Exception as error:
             # What a peer asks for may fail in ways that only the model's own code knows.
@@ -174,7 +179,8 @@ class Holder:
             await self._tell(sender, fail, message.session)
             return
         finally:
-            self._opening.discard(message.session)
+            if fresh:
+                self._opening.discard(message.session)
         if live is None:
             return
         if message.next is not None and message.next.node != self._node and self._nursery is not None:
@@ -187,11 +193,8 @@ class Holder:
         model = self._models.get(message.model)
         if model is None:
             raise RefusedError("this peer holds no block of that model", "wrong_model")
-        if message.session in self._live or message.session in self._opening:
-            raise RefusedError("this session is open already", "bad_request")
-        if len(self._live) + len(self._opening) >= MAX_SESSIONS:
+        if len(self._live) + len(self._opening) > MAX_SESSIONS:
             raise RefusedError(f"this holder serves {MAX_SESSIONS} sessions already: try again later", "busy")
-        self._opening.add(message.session)
         execution = await trio.to_thread.run_sync(Execution, model, message)
         if message.session not in self._opening:
             return None

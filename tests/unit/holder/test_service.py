@@ -398,7 +398,6 @@ def test_close_overtakes_an_open_that_is_being_built(tiny: Tiny) -> None:
             opened = replace(session._open_message(0, tiny.id, (0,)), session=SessionId(b"o" * 16))
         holder = chain.holders[chain.hops[0].node]
         await holder.handle(CLIENT, opened)
-        await trio.lowlevel.checkpoint()
         await holder.handle(CLIENT, Close(opened.session))
         await trio.testing.wait_all_tasks_blocked(0.3)
         assert holder.sessions == 0 and holder.kv_bytes == 0
