@@ -171,7 +171,7 @@ class Holder:
     async def _open(self, sender: NodeKey, message: Open, fresh: bool) -> None:
         try:
             if not fresh:
-                raise RefusedError("this session is open already", "bad_request")
+                raise RefusedError("this session is open already", "bad_request")  # noqa: TRY301
             live = await self._admit_session(sender, message)
         except Exception as error:
             # What a peer asks for may fail in ways that only the model's own code knows.
