@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import torrentlm
 from tests.e2e import checkpoint
 from tests.e2e.processes import Seed, run
 from torrentlm.manifest.magnet import Magnet
+from torrentlm.records import Endpoint
 
 PROMPT = "The swarm hums"
 
@@ -73,12 +74,14 @@ def test_a_corrupt_block_file_is_found_and_fetched_again(published: Published, t
     with Seed(published.magnet, tmp_path / "holder", "--blocks", "0-5") as holder:
         holder.wait_for("ready")
         assert holder.end() == 0
-    for path in (tmp_path / "holder" / "blocks").iterdir():
-        good = path.read_bytes()
+    for number, path in enumerate(sorted((tmp_path / "holder" / "blocks").iterdir())):
+        good, before = path.read_bytes(), path.stat()
         middle = len(good) // 2
         path.write_bytes(
             good[:middle] + bytes(byte ^ 0xFF for byte in good[middle : middle + 64]) + good[middle + 64 :]
         )
+        if number % 2:  # as a bad disk does it
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with Seed(published.magnet, tmp_path / "holder", "--blocks", "0-5") as holder:
         magnet = holder.wait_for("ready")["magnet"]
         for path in (tmp_path / "holder" / "blocks").iterdir():
@@ -106,11 +109,48 @@ def test_a_full_disk(published: Published, tmp_path: Path) -> None:
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_wrong_magnet(published: Published, tmp_path: Path) -> None:
+def wrong_magnet(published: Published) -> str:
     port = Magnet.parse(published.magnet).peers[0]
-    wrong = f"magnet:?xt=urn:btih:{'ab' * 20}&xt=urn:btmh:1220{'cd' * 32}&dn=Wrong&x.pe={port}"
-    command = ("generate", wrong, "--prompt", PROMPT, "--data", str(tmp_path), "--dht-bootstrap", "none")
+    return f"magnet:?xt=urn:btih:{'ab' * 20}&xt=urn:btmh:1220{'cd' * 32}&dn=Wrong&x.pe={port}"
+
+
+def test_a_wrong_magnet(published: Published, tmp_path: Path) -> None:
+    command = (
+        "generate",
+        wrong_magnet(published),
+        "--prompt",
+        PROMPT,
+        "--data",
+        str(tmp_path),
+        "--dht-bootstrap",
+        "none",
+    )
     assert "no peer sent this model's manifest" in one_sentence(run(*command))
+
+
+def test_a_seed_says_that_it_waits(published: Published, tmp_path: Path) -> None:
+    with Seed(wrong_magnet(published), tmp_path / "lost") as lost:
+        assert "no peer has sent this model's manifest yet" in lost.wait_for("waiting")["why"]
+
+
+def test_a_seed_says_what_nobody_has(published: Published, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with Seed(published.magnet, tmp_path / "data", "--blocks", "none") as holder:
+        holder.wait_for("ready")
+        assert holder.end() == 0
+    alone = Magnet.parse(published.magnet)
+    (tmp_path / "data" / "peers.json").unlink(missing_ok=True)
+    with Seed(str(replace(alone, peers=())), tmp_path / "data", "--blocks", "1-2") as holder:
+        assert "no peer has the files of blocks 1-2" in holder.wait_for("waiting")["why"]
+
+
+def test_a_peer_by_name(published: Published, tmp_path: Path) -> None:
+    magnet = Magnet.parse(published.magnet)
+    named = Endpoint("localhost", magnet.peers[0].port)
+    with Seed(str(replace(magnet, peers=(named,))), tmp_path / "named", "--blocks", "1") as holder:
+        assert holder.wait_for("ready")["blocks"] == [1]
+    with Seed(str(replace(magnet, peers=())), tmp_path / "static", "--blocks", "1", "--peer", str(named)) as holder:
+        assert holder.wait_for("ready")["blocks"] == [1]
 
 
 @pytest.mark.parametrize(
@@ -137,3 +177,21 @@ def test_a_budget_too_small_for_any_block(published: Published, tmp_path: Path) 
         "seed", published.magnet, "--data", str(tmp_path), "--ram", "1000", "--port", "0", "--dht-bootstrap", "none"
     )
     assert "does not hold even one block" in one_sentence(found)
+
+
+def test_budgets_that_the_named_blocks_do_not_fit(published: Published, tmp_path: Path) -> None:
+    common = ("--data", str(tmp_path), "--blocks", "0-5", "--port", "0", "--dht-bootstrap", "none")
+    said = one_sentence(run("seed", published.magnet, *common, "--ram", "200kB"))
+    assert "--blocks 0-5 needs 0.6 MB" in said and "ram = 0.2 MB" in said
+    said = one_sentence(run("seed", published.magnet, *common, "--disk", "200kB"))
+    assert "disk = 0.2 MB is too small" in said and "need 0.6 MB" in said
+
+
+def test_a_disk_budget_limits_what_is_chosen(published: Published, tmp_path: Path) -> None:
+    with Seed(published.magnet, tmp_path / "small", "--disk", "200kB") as holder:
+        blocks = holder.wait_for("ready")["blocks"]
+        assert 0 < len(blocks) < 6
+        assert holder.end() == 0
+    assert sum(path.stat().st_size for path in (tmp_path / "small" / "blocks").iterdir()) <= 200_000
+    with Seed(published.magnet, tmp_path / "small", "--disk", "200kB") as holder:
+        assert holder.wait_for("ready")["blocks"] == blocks

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from torrentlm.errors import ArtifactError
 from torrentlm.manifest.manifest import FileEntry, Manifest
-from torrentlm.node.parts import Parts
+from torrentlm.node.parts import Parts, Say
 from torrentlm.node.peers import ModelPeers
 from torrentlm.records import Span, spans_of
 from torrentlm.swarm.transfer import Transfer
@@ -18,6 +19,7 @@ from torrentlm.swarm.transfer import Transfer
 FEED_EVERY_S = 1.0
 DHT_LOOKUP_EVERY_S = 30.0
 PROGRESS_EVERY_S = 0.5
+WAITING_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class BlockFiles:
         self._manifest = manifest
         self._folder = folder
         self._transfers: dict[str, Transfer] = {}
+        self._checked: set[str] = set()
 
     def held(self) -> list[int]:
         """Blocks whose every file is complete on disk."""
@@ -61,25 +64,62 @@ class BlockFiles:
     async def fetch(self, files: Sequence[FileEntry]) -> None:
         """Return when all ``files`` are complete and verified on disk; they are seeded from then on.
 
-        Raises StorageError if the disk cannot take them, ArtifactError if what a torrent says is not what the
-        manifest says. Waits as long as it takes for somebody to have them.
+        Raises StorageError if the disk or its budget cannot take them, ArtifactError if what a torrent says is not what
+        the manifest says. Waits as long as it takes for somebody to have them, and says so.
         """
-        self._parts.store.require_space({file.name: file.size for file in files})
-        missing = [file for file in files if not self._parts.store.holds(file.name)]
+        store = self._parts.store
+        await self._verify(files)
+        store.require_space({file.name: file.size for file in files}, self._parts.config.disk)
+        missing = [file for file in files if not store.holds(file.name)]
         if not missing:
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report, files)
             nursery.start_soon(self._feed, missing)
+            nursery.start_soon(say_waiting, self._parts.say, partial(self._why_nothing_comes, missing))
             async with trio.open_nursery() as fetching:
                 for file in missing:
                     fetching.start_soon(self._fetch_file, file)
             nursery.cancel_scope.cancel()
 
+    async def _verify(self, files: Sequence[FileEntry]) -> None:
+        """Hash what is on disk once a start: a bad disk alters a file without touching its size or time."""
+        store = self._parts.store
+        held = [file for file in files if file.name not in self._checked and store.holds(file.name)]
+        total = sum(file.size for file in held)
+        done = 0
+        for file in held:
+            self._say_progress("checking", done, total, 0)
+            if await trio.to_thread.run_sync(store.matches, file.name):
+                self._checked.add(file.name)
+            else:
+                store.mark_unverified(file.name)
+            done += file.size
+        self._peers.publish(held=self._spans())
+
+    def _why_nothing_comes(self, files: Sequence[FileEntry]) -> str | None:
+        """None while something comes, or while a peer says that it has something that is missing."""
+        missing = {file.name for file in files if not self._parts.store.holds(file.name)}
+        if any(self._transfers[name].progress.download_rate for name in missing if name in self._transfers):
+            return None
+        numbers = range(len(self._manifest.blocks))
+        blocks = [number for number in numbers if missing & {file.name for file in self._manifest.block_files(number)}]
+        snapshot = self._peers.snapshot()
+        if not blocks or any(block in span for peer in snapshot.candidates for span in peer.held for block in blocks):
+            return None
+        which = ", ".join(str(span) for span in spans_of(blocks))
+        return (
+            f"no peer has the files of blocks {which}; {snapshot.answered} of {snapshot.known} known peers answered: "
+            "start a node that has them, or name one with --peer HOST:PORT"
+        )
+
     async def _fetch_file(self, file: FileEntry) -> None:
-        transfer = self._start(file, verified=False)
+        if (running := self._transfers.get(file.name)) is not None:
+            await running.recheck()  # it seeds what was thought complete
+        transfer = running or self._start(file, verified=False)
         await transfer.wait_complete(stall_timeout=float("inf"))
         self._parts.store.mark_verified(file.name)
+        self._checked.add(file.name)
         self._announce(file)
         self._peers.publish(held=self._spans())
 
@@ -137,16 +177,11 @@ class BlockFiles:
     async def _report(self, files: Sequence[FileEntry]) -> None:
         while True:
             loading = self.loading(files)
-            self._parts.say(
-                {
-                    "event": "progress",
-                    "what": "fetching",
-                    "done": loading.done,
-                    "total": loading.total,
-                    "rate": loading.rate,
-                }
-            )
+            self._say_progress("fetching", loading.done, loading.total, loading.rate)
             await trio.sleep(PROGRESS_EVERY_S)
+
+    def _say_progress(self, what: str, done: int, total: int, rate: int) -> None:
+        self._parts.say({"event": "progress", "what": what, "done": done, "total": total, "rate": rate})
 
     def loading(self, files: Sequence[FileEntry]) -> Loading:
         done = rate = 0
@@ -158,3 +193,14 @@ class BlockFiles:
                 done += transfer.progress.done
                 rate += transfer.progress.download_rate
         return Loading(done, sum(file.size for file in files), rate)
+
+
+async def say_waiting(say: Say, why: Callable[[], str | None]) -> None:
+    """Say why nothing comes, whenever that changes, until cancelled. ``why`` returns None while something does."""
+    said = None
+    while True:
+        await trio.sleep(WAITING_EVERY_S)
+        sentence = why()
+        if sentence is not None and sentence != said:
+            say({"event": "waiting", "why": sentence})
+        said = sentence

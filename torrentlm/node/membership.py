@@ -7,26 +7,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from math import ceil
 from pathlib import Path
 
 import trio
 
-from torrentlm.errors import ArtifactError, ConfigError, NetworkError
+from torrentlm.errors import ArtifactError, ConfigError, NetworkError, StorageError
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import FILE_NAME, Manifest
-from torrentlm.node.fetch import BlockFiles
-from torrentlm.node.memory import weights_budget
+from torrentlm.node.fetch import BlockFiles, say_waiting
+from torrentlm.node.memory import WEIGHTS_SHARE, weights_budget
 from torrentlm.node.parts import Parts
 from torrentlm.node.peers import ModelPeers
-from torrentlm.records import InfoHash, PeerRecord, Span
+from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord, Span
 from torrentlm.route.assign import choose_span, copies
 from torrentlm.route.registry import Snapshot
+from torrentlm.structured import single_error
+from torrentlm.swarm.addresses import resolve
 from torrentlm.swarm.discovery import Source
 from torrentlm.swarm.transfer import Transfer
 
 FEED_EVERY_S = 0.5
 SETTLE_S = 5.0
 """How long an automatic choice of blocks waits for the records of the peers that are known."""
+UNANSWERED_S = 120.0
+"""After so long without an answer from anybody, the magnet or the network is wrong."""
 
 
 class Membership:
@@ -52,37 +60,45 @@ class Membership:
     def snapshot(self) -> Snapshot:
         return self.peers.snapshot()
 
+    def blame(self, node: NodeKey) -> None:
+        """A holder failed: routes avoid it for a while."""
+        self.peers.registry.failed(node, trio.current_time())
+
     async def run(self) -> None:
         """Find peers and talk with them, until cancelled."""
-        self.peers.learn(self.magnet.peers, Source.MAGNET)
-        self.peers.learn(self._parts.config.peers, Source.STATIC)
         self.peers.learn(self._parts.store.load_peers(), Source.LAST_SESSION)
         try:
-            await self.peers.run()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._learn_named, self.magnet.peers, Source.MAGNET)
+                nursery.start_soon(self._learn_named, self._parts.config.peers, Source.STATIC)
+                await self.peers.run()
         finally:
             if reachable := self.peers.reachable():
-                self._parts.store.save_peers(reachable)
+                with suppress(StorageError):  # only the next start is slower for it, and this may hide why we end
+                    self._parts.store.save_peers(reachable)
+
+    async def _learn_named(self, endpoints: Sequence[Endpoint], source: Source) -> None:
+        """Addresses are tried at once; looking a name up takes seconds."""
+        self.peers.learn(endpoints, source)
+        self.peers.learn(await resolve(endpoints), source)
 
     async def obtain(self, timeout: float) -> None:
         """Get the model torrent (manifest, tokenizer, block torrents) from whoever has it, or from disk.
 
-        Raises NetworkError if nobody sent it within ``timeout`` seconds, ArtifactError if it is not a model's.
+        Raises NetworkError if nobody sent it within ``timeout`` seconds, or if not a single peer has answered within
+        ``UNANSWERED_S``; ArtifactError if it is not a model's. Says meanwhile why nothing comes.
         """
         store, swarm = self._parts.store, self._parts.swarm
         known = store.load_torrent(self.id)
         transfer = swarm.add_torrent(known or self.magnet, store.model_folder(self.id))
-        with trio.move_on_after(timeout) as limit:
+        with single_error():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._feed, transfer)
+                nursery.start_soon(say_waiting, self._parts.say, partial(self._why_no_manifest, transfer))
+                nursery.start_soon(self._give_up, transfer, timeout)
                 torrent = await transfer.wait_metadata(float("inf"))
                 await transfer.wait_complete(stall_timeout=float("inf"))
                 nursery.cancel_scope.cancel()
-        if limit.cancelled_caught:
-            snapshot = self.snapshot()
-            raise NetworkError(
-                f"no peer sent this model's manifest within {timeout:.0f} s; {snapshot.answered} of {snapshot.known} "
-                "known peers answered: check the magnet, or name a peer that has the model with --peer HOST:PORT"
-            )
         if known is None:
             store.save_torrent(self.id, torrent)
         self.folder = store.model_folder(self.id) / transfer.name
@@ -92,6 +108,28 @@ class Membership:
             raise ArtifactError("this magnet's torrent has no manifest: it is not a torrentlm model") from error
         self.files = BlockFiles(self._parts, self.peers, self.manifest, self.folder)
         self.files.seed_what_is_here()
+
+    def _why_no_manifest(self, transfer: Transfer) -> str | None:
+        if transfer.progress.download_rate:
+            return None
+        snapshot = self.snapshot()
+        return (
+            f"no peer has sent this model's manifest yet; {snapshot.answered} of {snapshot.known} known peers "
+            "answered: check the magnet, or name a peer with --peer HOST:PORT"
+        )
+
+    async def _give_up(self, transfer: Transfer, timeout: float) -> None:
+        """Raise NetworkError after ``timeout`` seconds, or sooner if nobody has answered by ``UNANSWERED_S``."""
+        started = trio.current_time()
+        answered = False
+        while (waited := trio.current_time() - started) < (timeout if answered else min(timeout, UNANSWERED_S)):
+            await trio.sleep(min(FEED_EVERY_S, timeout))
+            answered = answered or self.snapshot().answered > 0 or transfer.progress.peers > 0
+        snapshot = self.snapshot()
+        raise NetworkError(
+            f"no peer sent this model's manifest within {waited:.0f} s; {snapshot.answered} of {snapshot.known} "
+            "known peers answered: check the magnet, or name a peer that has the model with --peer HOST:PORT"
+        )
 
     async def _feed(self, transfer: Transfer) -> None:
         while True:
@@ -108,17 +146,41 @@ class Membership:
         if isinstance(wanted, Span):
             if wanted.last >= blocks:
                 raise ConfigError(f"--blocks {wanted} is past this model's end: it has blocks 0-{blocks - 1}")
+            self._check_memory(wanted)
             return wanted
         await self._settle()
-        sizes = [sum(file.size for file in self.manifest.block_files(block)) for block in range(blocks)]
-        budget = weights_budget(self._parts.config)
-        span = choose_span(sizes, copies(self.snapshot(), blocks), budget)
-        if span is None:
+        return self._choose_span()
+
+    def _check_memory(self, wanted: Span) -> None:
+        """A span that the operator names must fit the budget that the operator names; a guess of ours binds nobody."""
+        config = self._parts.config
+        needed = sum(file.size for file in self.manifest.span_files(wanted.first, wanted.last))
+        allowed = weights_budget(config)
+        if config.ram is not None and needed > allowed:
+            raise ConfigError(
+                f"--blocks {wanted} needs {needed / 1e6:,.1f} MB for weights, but ram = {config.ram / 1e6:,.1f} MB "
+                f"leaves {allowed / 1e6:,.1f} MB for them: raise --ram to {ceil(needed / WEIGHTS_SHARE / 1e5) / 10:,.1f} MB "
+                "or name fewer blocks"
+            )
+
+    def _choose_span(self) -> Span:
+        store, config = self._parts.store, self._parts.config
+        files = [self.manifest.block_files(block) for block in range(len(self.manifest.blocks))]
+        sizes = [sum(file.size for file in block) for block in files]
+        missing = [store.missing({file.name: file.size for file in block}) for block in files]
+        budget, room = weights_budget(config), store.room(config.disk)
+        span = choose_span(sizes, copies(self.snapshot(), len(sizes)), budget, missing=missing, room=room)
+        if span is not None:
+            return span
+        if min(sizes) > budget:
             raise ConfigError(
                 f"the memory budget of {budget / 1e6:.0f} MB for weights does not hold even one block; "
                 f"the smallest needs {min(sizes) / 1e6:.0f} MB: raise --ram"
             )
-        return span
+        raise StorageError(
+            f"the {max(0, room) / 1e6:,.1f} MB left of the disk or of its budget do not hold even one more block; the "
+            f"smallest needs {min(missing) / 1e6:,.1f} MB: raise --disk or free some space"
+        )
 
     async def _settle(self) -> None:
         with trio.move_on_after(SETTLE_S):

@@ -1,4 +1,7 @@
-"""How much memory a node may use, from its settings and the machine."""
+"""How much memory a node may use, from its settings and the machine.
+
+The budget ``vram`` is for an accelerator's memory; blocks are computed on the processor, and it decides nothing here.
+"""
 
 from __future__ import annotations
 

@@ -17,20 +17,25 @@ def copies(snapshot: Snapshot, blocks: int) -> list[int]:
     return counts
 
 
-def choose_span(sizes: Sequence[int], copies: Sequence[int], budget: int) -> Span | None:
+def choose_span(
+    sizes: Sequence[int], copies: Sequence[int], budget: int, *, missing: Sequence[int] | None = None, room: int = 0
+) -> Span | None:
     """The span within ``budget`` bytes that the swarm lacks most; None if not even one block fits.
 
     A block with c copies is worth 1 / (1 + c)²: the first copy of anything outweighs second copies of three other
-    blocks. Ties go to the longer span, then to the one further to the front.
+    blocks. Ties go to the longer span, then to the one further to the front. ``missing`` are the bytes of each block
+    that are not on the disk yet, if the span is to fit into ``room`` bytes there too.
     """
+    absent = [0] * len(sizes) if missing is None else missing
     best: tuple[float, int, int] | None = None
     choice: Span | None = None
-    first = 0
-    total = 0
+    first = total = fetched = 0
     for last, size in enumerate(sizes):
         total += size
-        while total > budget and first <= last:
+        fetched += absent[last]
+        while first <= last and (total > budget or fetched > max(0, room)):
             total -= sizes[first]
+            fetched -= absent[first]
             first += 1
         if first > last:
             continue

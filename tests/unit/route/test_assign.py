@@ -36,6 +36,13 @@ def test_nothing_fits():
     assert choose_span([100, 8, 100], [5, 9, 0], 9) == Span(1, 1)
 
 
+def test_the_disk_limits_only_what_is_to_be_fetched():
+    assert choose_span([10] * 6, [0] * 6, 60, missing=[10] * 6, room=20) == Span(0, 1)
+    assert choose_span([10] * 6, [0] * 6, 30, missing=[10, 10, 10, 0, 0, 10], room=10) == Span(2, 4)
+    assert choose_span([10] * 6, [0] * 6, 60, missing=[0] * 6, room=-5) == Span(0, 5)
+    assert choose_span([10] * 2, [0] * 2, 60, missing=[10] * 2, room=9) is None
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 50), st.integers(0, 4)), min_size=1, max_size=12),
     st.integers(0, 300),
