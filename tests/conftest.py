@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
 from tests import loopback
 
 loopback.install()
+# A shell starts background jobs, which a CI run may be, with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402

@@ -137,7 +137,7 @@ def test_ending_it_leaves_nobody(moment: str, number: signal.Signals, data: Path
         status = demo.wait(30)
         errors = demo.stderr.read().decode()
     assert_nobody_left(str(data))
-    assert status == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    assert status == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number], errors
     assert "Traceback" not in errors
 
 
