@@ -157,9 +157,10 @@ class Membership:
         needed = sum(file.size for file in self.manifest.span_files(wanted.first, wanted.last))
         allowed = weights_budget(config)
         if config.ram is not None and needed > allowed:
+            enough = ceil(needed / WEIGHTS_SHARE / 1e5) / 10
             raise ConfigError(
                 f"--blocks {wanted} needs {needed / 1e6:,.1f} MB for weights, but ram = {config.ram / 1e6:,.1f} MB "
-                f"leaves {allowed / 1e6:,.1f} MB for them: raise --ram to {ceil(needed / WEIGHTS_SHARE / 1e5) / 10:,.1f} MB "
+                f"leaves {allowed / 1e6:,.1f} MB for them: raise --ram to {enough:,.1f} MB "
                 "or name fewer blocks"
             )
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import trio
 import trio.testing
 
+from torrentlm.errors import NetworkError
 from torrentlm.node import peers
 from torrentlm.node.parts import Parts
 from torrentlm.node.peers import ModelPeers
@@ -58,7 +59,7 @@ class _Gateway:
         return endpoint == self.endpoint
 
     async def pipe_to(self, endpoint: Endpoint, info_hash: InfoHash) -> None:
-        raise peers.NetworkError("nobody there")
+        raise NetworkError("nobody there")
 
 
 def make() -> tuple[ModelPeers, _Gateway, _Dht]:
