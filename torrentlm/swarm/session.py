@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +24,8 @@ from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP, TICK_MS, Proxy, session_s
 from torrentlm.swarm.transfer import Transfer
 
 _UPDATE_INTERVAL = 0.5
+NICER = 5
+"""By how much libtorrent's threads give way to the gateway's; see tools/bench pipe."""
 _HURRY_INTERVAL = 0.1
 _NO_DEFAULT_PLUGINS = 0
 _PLUGINS = ("ut_metadata", "smart_ban")
@@ -65,7 +71,9 @@ class Swarm:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the session until cancelled; whatever was fetched by then is on disk when this returns."""
-        self._session = _open_session(self._settings)
+        # libtorrent's threads inherit the priority of the one that starts them.
+        with ThreadPoolExecutor(1, initializer=_give_way) as starter:
+            self._session = starter.submit(_open_session, self._settings).result()
         self._pump = AlertPump(self._session)
         self.dht = Dht(self._session, self._pump, self._identity)
         try:
@@ -170,6 +178,13 @@ class Swarm:
         self.dht.close()
         self._pump.close()
         await trio.to_thread.run_sync(holder.clear)
+
+
+def _give_way() -> None:
+    """Lower this thread's priority: pieces can wait, activations that wait for the gateway's thread cannot."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICER)
 
 
 def _open_session(settings: dict[str, Any]) -> Any:
