@@ -7,7 +7,7 @@ import sys
 
 from torrentlm.errors import LocalProtocolError
 
-SPIN_COUNT = 10_000
+SPIN_COUNT = 200_000
 """How long an idle OpenMP thread turns before it sleeps, in libgomp's unit (PAUSE instructions and the like)."""
 
 

@@ -5,6 +5,7 @@ Importing this imports torch and transformers, which takes seconds; nodes that o
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import trio
@@ -45,6 +46,9 @@ class Computing:
             self._precision,
             self.device.torch_device,
         )
+        # What was loaded stays: the collector need not walk through it again and again between tokens.
+        gc.collect()
+        gc.freeze()
         self.holder.hold(model)
         membership.peers.publish(
             resident=(span,), claimed=(), precision=model.precision, device=self.device.name[:MAX_DEVICE_NAME]
