@@ -125,7 +125,7 @@ def test_nothing_here_unpickles_or_trusts_remote_code():
         assert not modules & {"pickle", "marshal", "shelve", "dill"}, path
 
 
-@pytest.mark.parametrize("module", ["torrentlm", "torrentlm.cli.main", "torrentlm.config"])
+@pytest.mark.parametrize("module", ["torrentlm", "torrentlm.cli.main", "torrentlm.cli.commands", "torrentlm.config"])
 def test_the_light_end_stays_light(module: str):
     """Importing the package or the command line loads none of the heavy libraries."""
     heavy = ("torch", "transformers", "libtorrent", "numpy", "rich", "trio")
