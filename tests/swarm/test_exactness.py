@@ -13,11 +13,11 @@ from torrentlm.compute.sampling import Sampler
 from torrentlm.records import Sampling
 
 PROMPTS = (
-    "Why is the sky blue?",
+    "The sky is blue because",
     "def fibonacci(n):\n",
     "Once upon a time, in a small village by the sea, there lived",
-    "The three largest countries by area are",
-    "<|im_start|>user\nName a prime number above ten.<|im_end|>\n<|im_start|>assistant\n",
+    "To bake bread, first",
+    "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
 )
 
 
@@ -49,6 +49,7 @@ def test_64_greedy_tokens_are_transformers_own(model: torrentlm.Model, reference
     model.generate(prompt, max_new_tokens=64)
     assert model.last is not None
     expected = reference.greedy(prompt, 64)
+    assert len(expected) == 64
     assert list(model.last.tokens) == expected
     assert [f"{hop.first}-{hop.last}" for hop in model.last.route] == list(SPANS)
 
@@ -156,10 +157,10 @@ def test_a_left_padded_batch_of_two(model: torrentlm.Model, reference: Reference
 
 def test_a_stop_string_ends_the_answer_before_it(model: torrentlm.Model) -> None:
     whole = model.generate(PROMPTS[0], max_new_tokens=64)
-    assert "scatter" in whole
-    cut = model.generate(PROMPTS[0], max_new_tokens=64, stop=["scatter"])
+    assert "sunlight" in whole
+    cut = model.generate(PROMPTS[0], max_new_tokens=64, stop=["sunlight"])
     assert model.last is not None and model.last.finish == "stop_string"
-    assert cut == whole[: whole.index("scatter")]
+    assert cut == whole[: whole.index("sunlight")]
     assert len(model.last.tokens) < 64
 
 
