@@ -79,10 +79,14 @@ class Dht:
         """Make the DHT node at this address (UDP) known, if it is one; host names are passed over."""
         if is_address(endpoint.host) and (endpoint in self._entrances or len(self._entrances) < _MAX_ENTRANCES):
             self._entrances.add(endpoint)
-            self._session.add_dht_node((endpoint.host, endpoint.port))
+            if self._session is not None:
+                self._session.add_dht_node((endpoint.host, endpoint.port))
 
     async def state(self) -> DhtState:
         """What the DHT knows and does right now."""
+        if self._session is None:  # the session closes first; whoever still asks is being cancelled
+            await trio.lowlevel.checkpoint()
+            return DhtState(0, ())
         with self._pump.collect("dht", _read_state) as states, trio.move_on_after(_STATS_TIMEOUT):
             self._session.post_dht_stats()
             return await states.receive()
