@@ -70,13 +70,8 @@ def serve(settings: Settings, *, on_event: OnEvent, stop: threading.Event) -> No
             await trio.to_thread.run_sync(stop.wait, abandon_on_cancel=True)
             nursery.cancel_scope.cancel()
 
-    try:
-        with single_error():
-            trio.run(until_stopped)
-    except Exception:
-        # A thread that could not be cancelled may come back to services that have ended: that is no news.
-        if not stop.is_set():
-            raise
+    with single_error():
+        trio.run(until_stopped)
 
 
 def connect(

@@ -1,6 +1,7 @@
 """The front of ``tools/bench``: runs one part, prints a table or, with ``--json``, one object.
 
-A part is a file beside this one with ``run(runs: int) -> dict``. The dict has ``ours``, ``reference`` and ``ratio``
+A part is a file beside this one with ``run(runs: int, ...) -> dict``; its other parameters are options of the command
+line, with the same defaults. The dict has ``ours``, ``reference`` and ``ratio``
 (medians; ``unit`` says of what), ``runs`` (what is behind them) and whatever else the part measures.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -18,18 +20,28 @@ PARTS = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tools/bench", description="Measure one part against its reference.")
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="runs to take the median of (default 5)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
-    if options.runs < 1:
+    parts = parser.add_subparsers(dest="part", required=True, metavar="|".join(PARTS))
+    for name in PARTS:
+        add_part(parts.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter), name)
+    given = vars(parser.parse_args())
+    part, run, as_json = given.pop("part"), given.pop("run"), given.pop("json")
+    if given["runs"] < 1:
         parser.error("--runs must be at least 1")
-    result: dict[str, Any] = importlib.import_module(options.part).run(runs=options.runs)
-    if options.json:
-        print(json.dumps({"part": options.part, **result}))
+    result: dict[str, Any] = run(**given)
+    if as_json:
+        print(json.dumps({"part": part, **result}))
     else:
-        show(options.part, result)
+        show(part, result)
     return 0
+
+
+def add_part(parser: argparse.ArgumentParser, name: str) -> None:
+    run = importlib.import_module(name).run
+    parser.set_defaults(run=run)
+    parser.add_argument("--runs", type=int, default=5, help="runs to take the median of")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    for option in list(inspect.signature(run).parameters.values())[1:]:
+        parser.add_argument(f"--{option.name}", type=type(option.default), default=option.default, help=" ")
 
 
 def show(part: str, result: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ def main() -> None:
     gguf, dtype, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(threads)
     kind = {"F32": torch.float32, "BF16": torch.bfloat16}[dtype]
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).to(kind).eval()
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=kind).eval()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from torrentlm.compute.threads import first_import
 from torrentlm.config import NodeConfig
 from torrentlm.errors import NetworkError, RemoteProtocolError
 from torrentlm.gateway.gateway import Gateway
@@ -24,7 +25,7 @@ from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.membership import Membership
 from torrentlm.node.parts import Parts, Say
 from torrentlm.records import Endpoint, InfoHash, NodeKey, SessionId
-from torrentlm.structured import single_error
+from torrentlm.structured import open_services, single_error
 from torrentlm.swarm.addresses import is_address
 from torrentlm.swarm.session import Swarm
 from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP
@@ -179,7 +180,8 @@ class Node:
 
 
 def _import_computing() -> type[Computing]:
-    from torrentlm.node.computing import Computing
+    with first_import():
+        from torrentlm.node.computing import Computing
 
     return Computing
 
@@ -195,16 +197,14 @@ async def open_node(
     bootstrap = PUBLIC_BOOTSTRAP if config.dht_bootstrap is None else config.dht_bootstrap
     with open_store(config.data) as store, single_error():
         identity = store.identity()
-        async with trio.open_nursery() as nursery:
+        async with open_services() as start:
             gateway = Gateway(identity, host=config.host, port=config.port)
-            await nursery.start(gateway.run)
+            await start(gateway.run)
             swarm = Swarm(gateway.proxy, identity, bootstrap)
-            await nursery.start(swarm.run)
+            await start(swarm.run)
             gateway.torrents = swarm
-            parts = Parts(identity.node, config, store, swarm, gateway, say)
-            node = Node(parts, nursery)
-            nursery.start_soon(node.serve_pipes)
-            try:
+            async with trio.open_nursery() as nursery:
+                node = Node(Parts(identity.node, config, store, swarm, gateway, say), nursery)
+                nursery.start_soon(node.serve_pipes)
                 yield node
-            finally:
                 nursery.cancel_scope.cancel()

@@ -10,6 +10,7 @@ from typing import Any
 
 import trio
 
+from torrentlm.compute.threads import first_import
 from torrentlm.config import Recipe, Settings
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.membership import Membership
@@ -63,7 +64,8 @@ def _publish_in_thread(recipe: Recipe, store: Store, progress: Progress) -> Publ
     known = recognise(recipe, store)
     if known is not None:
         return known
-    from torrentlm.publish.publish import publish
+    with first_import():
+        from torrentlm.publish.publish import publish
 
     return publish(recipe, store, progress)
 
