@@ -81,17 +81,6 @@ async def test_announced_before_anybody_was_there() -> None:
 
 
 @in_trio(60)
-async def test_withdrawn_is_not_announced_again() -> None:
-    async with AsyncExitStack() as stack:
-        _, holder, seeker = await open_nodes(stack, 3)
-        info_hash = InfoHash(os.urandom(20))
-        holder.swarm.dht.announce(info_hash, holder.endpoint.port)
-        holder.swarm.dht.withdraw(info_hash)
-        await trio.sleep(1)
-        assert await seeker.swarm.dht.get_peers(info_hash) == ()
-
-
-@in_trio(60)
 async def test_records_are_put_updated_and_read() -> None:
     async with AsyncExitStack() as stack:
         _, holder, seeker = await open_nodes(stack, 3)

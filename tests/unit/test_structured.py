@@ -21,16 +21,15 @@ def test_services_end_after_a_cancelled_body() -> None:
     log = Log()
 
     async def main() -> None:
-        async with trio.open_nursery() as outer:
-            async with open_services() as start:
-                await start(log.service)
-                outer.cancel_scope.cancel()
-                try:
-                    await trio.sleep_forever()
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await trio.testing.wait_all_tasks_blocked()
-                    log.append("body ended")
+        async with trio.open_nursery() as outer, open_services() as start:
+            await start(log.service)
+            outer.cancel_scope.cancel()
+            try:
+                await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.testing.wait_all_tasks_blocked()
+                log.append("body ended")
 
     trio.run(main)
     assert log == ["body ended", "service ended"]

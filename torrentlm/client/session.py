@@ -125,7 +125,6 @@ class RemoteSession:
             max_length=self.max_length,
             lease_ms=int(LEASE_S * 1000),
             pads=pads,
-            want_dtype=None,
         )
 
     async def _open(self, model: bytes, pads: tuple[int, ...]) -> None:

@@ -43,11 +43,6 @@ class Device:
             return f"cuda ({torch.cuda.get_device_name(self.torch_device)})"
         return self.torch_device.type
 
-    @property
-    def waiting(self) -> int:
-        """Calls of ``run`` that wait for the device."""
-        return self._limiter.statistics().tasks_waiting
-
     async def run(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Call ``function(*arguments)`` in a worker thread when it is its turn.
 

@@ -81,11 +81,6 @@ class SpanRunner:
             raise RefusedError("The session's batch, length and padding do not fit together.", "bad_request")
         return SpanCache.open(self._model.config, self.layers, batch, max_length, pads, self.device)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights that this span reads."""
-        return self._weights.nbytes
-
     def cache_bytes(self, batch: int, max_length: int) -> int:
         """Bytes that a session's cache comes to here when it is full."""
         return sum(self.split.state[layer] for layer in self.layers) * batch * max_length * self.dtype.itemsize

@@ -68,11 +68,6 @@ class Weights:
                     f"{file.name} holds the tensor {min(unnamed)}, which the manifest does not mention."
                 )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all these tensors, each counted once."""
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in self.tensors.values()}.values())
-
 
 def attach_weights(
     model: nn.Module, weights: Mapping[str, torch.Tensor], needed: Collection[str], canonical: Mapping[str, str]

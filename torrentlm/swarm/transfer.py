@@ -54,7 +54,7 @@ class Transfer:
 
     ``v1`` is the 20-byte SHA-1 info-hash, ``v2`` the 32-byte SHA-256 one; None where the torrent (or so far the magnet)
     has none.
-    ``error`` is set once something stopped it (disk full, file gone); ``retry`` clears that.
+    ``error`` is set once something stopped it (disk full, file gone).
     """
 
     def __init__(self, handle: Any, pump: AlertPump, folder: Path, owner: Owner) -> None:
@@ -68,7 +68,6 @@ class Transfer:
         self._read_identity()
         self._finished = False
         self._flushed = False
-        self._bad_pieces = 0
         self._changed = trio.Event()
         pump.add(torrent_key(handle), self._on_alert)
 
@@ -87,11 +86,6 @@ class Transfer:
     def complete(self) -> bool:
         """Every piece is verified and on disk."""
         return self._finished and self._flushed
-
-    @property
-    def bad_pieces(self) -> int:
-        """Pieces that arrived with a wrong hash and were thrown away."""
-        return self._bad_pieces
 
     async def wait_metadata(self, within: float) -> bytes:
         """The torrent file (BEP 3, without piece layers), from a peer if it was added as a magnet.
@@ -155,12 +149,6 @@ class Transfer:
             self.handle.force_recheck()
             await self._wait(checked.is_set)
 
-    def retry(self) -> None:
-        """After the cause of ``error`` is gone: carry on."""
-        self.error = None
-        self.handle.clear_error()
-        self.handle.unset_flags(lt.torrent_flags.upload_mode | lt.torrent_flags.paused)
-
     def close(self) -> None:
         """Called by the swarm when the torrent leaves the session."""
         self._pump.remove(torrent_key(self.handle), self._on_alert)
@@ -191,8 +179,6 @@ class Transfer:
             case lt.metadata_received_alert():
                 self._read_identity()
                 self._owner.renamed(self)
-            case lt.hash_failed_alert():
-                self._bad_pieces += 1
             case lt.file_error_alert():
                 self._fail(translate(alert.error, Path(self.folder, alert.filename()), self.name))
             case lt.torrent_error_alert() | lt.metadata_failed_alert():

@@ -26,7 +26,7 @@ from torrentlm.wire.kinds import (
     Text,
     Tree,
 )
-from torrentlm.wire.tensors import ITEM_SIZES, Tensor
+from torrentlm.wire.tensors import Tensor
 
 MAX_BATCH = 256
 MAX_TENSORS = 64
@@ -145,8 +145,7 @@ class Open:
 
     Steps are accepted from this pipe's peer and from the nodes in ``prev``; results go to ``next`` (None: back to the
     client). ``next`` of the head's holder is the stem's holder, which it feeds with sampled tokens. ``pads``: left
-    padding per row of the batch, empty for none. ``want_dtype``: the dtype in which hidden states are sent on, None for
-    the holder's own.
+    padding per row of the batch, empty for none.
     """
 
     session: Session
@@ -160,7 +159,6 @@ class Open:
     max_length: Annotated[int, Int(1, MAX_TOKENS)]
     lease_ms: Annotated[int, Int(1, 86_400_000)]
     pads: Annotated[tuple[int, ...], Array(Int(0, MAX_TOKENS), MAX_BATCH)] = ()
-    want_dtype: Annotated[str | None, Optional(OneOf(tuple(ITEM_SIZES)))] = None
 
     def __post_init__(self) -> None:
         if self.first > self.last:

@@ -181,10 +181,6 @@ class PipeCore:
         """Whether ``send`` takes another message on this stream now: less than a window's bytes wait there."""
         return self._send_stream(stream).queued < self.limits.window
 
-    def queued_bytes(self, stream: int) -> int:
-        """Message bytes that wait on a stream, not yet put into frames."""
-        return self._send_stream(stream).queued
-
     def reset(self, stream: int) -> None:
         """Drop all that waits on a stream; tell the peer to throw away a message that was under way."""
         outgoing = self._send_stream(stream)
