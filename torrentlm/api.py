@@ -14,47 +14,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import trio
 
-from torrentlm.client.generation import GenerationResult, Options, RouteHop
+from torrentlm.client.generation import GenerationResult, RouteHop
 from torrentlm.client.model import ChatSession, StepSession
+from torrentlm.client.options import How, options_of, text_of
 from torrentlm.config import Settings, load
 from torrentlm.node.client import SwarmClient, open_client
 from torrentlm.node.seed import seed
 from torrentlm.portal import Portal
-from torrentlm.records import Sampling, Stop
 from torrentlm.structured import single_error
-from torrentlm.wire.messages import Want
+from torrentlm.wire.messages import MAX_BATCH, MAX_TOKENS, Want
 
 if TYPE_CHECKING:
     import torch
 
 Hear = Callable[[str], None]
 OnEvent = Callable[[dict[str, Any]], None]
-
-
-class How(TypedDict, total=False):
-    """How to generate. Temperature 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    seed: int
-    stop: Sequence[str]
-
-
-def _options(how: How) -> Options:
-    sampling = {name: value for name, value in how.items() if name not in ("max_new_tokens", "stop")}
-    return Options(
-        max_new_tokens=how.get("max_new_tokens", Options().max_new_tokens),
-        sampling=Sampling(**sampling),  # type: ignore[arg-type]
-        stop=Stop(strings=tuple(how.get("stop", ()))),
-    )
 
 
 def serve(settings: Settings, *, on_event: OnEvent, stop: threading.Event) -> None:
@@ -139,12 +117,13 @@ class Model(_Closing):
 
         ``stream`` gives an iterator over pieces of text; leaving it early stops the holders. :attr:`last` has the
         figures. With a seed the same call gives the same tokens whatever the route.
-        Raises RefusedError (too long, …), NoHolderError, HolderLostError.
+        Raises RefusedError (too long, …), NoHolderError, HolderLostError; TypeError and ValueError for options that
+        cannot be meant.
         """
-        asked = _options(options)
+        text, asked = text_of(prompt), options_of(options)
 
         async def work(emit: Hear) -> None:
-            self.last = await self._client.model.generate(prompt, asked, chat=chat, emit=emit)
+            self.last = await self._client.model.generate(text, asked, chat=chat, emit=emit)
 
         pieces = self._portal.stream(work)
         return pieces if stream else "".join(pieces)
@@ -154,7 +133,11 @@ class Model(_Closing):
         return Chat(self, self._portal, self._client.model.chat(system))
 
     def session(self, *, batch: int = 1, max_length: int = 512, pads: Sequence[int] | None = None) -> Session:
-        """Stepping mode: full control, see :class:`Session`."""
+        """Stepping mode: full control, see :class:`Session`. ValueError for sizes that no session has."""
+        if not 1 <= batch <= MAX_BATCH or not 1 <= max_length <= MAX_TOKENS:
+            raise ValueError(f"a session has 1 to {MAX_BATCH} rows of 1 to {MAX_TOKENS} tokens")
+        if pads is not None and (len(pads) != batch or not all(0 <= pad < max_length for pad in pads)):
+            raise ValueError(f"pads are {batch} numbers, one per row, from 0 up and below max_length")
         return Session(self._portal, self._client.model.steps(batch, max_length, tuple(pads or (0,) * batch)))
 
     def route(self) -> tuple[RouteHop, ...]:
@@ -193,10 +176,10 @@ class Chat(_Closing):
 
     def send(self, text: str, **options: Unpack[How]) -> Iterator[str]:
         """Answer ``text`` in pieces. Leaving the iterator early stops the answer; what came stays in the history."""
-        asked = _options(options)
+        said, asked = text_of(text), options_of(options)
 
         async def work(emit: Hear) -> None:
-            self._model.last = await self._session.ask(text, asked, emit)
+            self._model.last = await self._session.ask(said, asked, emit)
 
         return self._portal.stream(work)
 

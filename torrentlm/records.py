@@ -105,6 +105,18 @@ class PeerRecord:
     sessions: int = 0
 
 
+RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {
+    "max_new_tokens": (1, 2**24 - 1),
+    "temperature": (0.0, 1e3),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (1e-6, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-3, 1e3),
+    "seed": (0, 2**64 - 1),
+}
+"""Lowest and highest value of what a generation is asked with; whole numbers for those that are."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the head picks a token; the defaults are greedy. Meanings and order are those of transformers' warpers."""

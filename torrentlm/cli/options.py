@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from torrentlm.config import NODE_KEYS, PRECISIONS, Settings, load, variable_of
+from torrentlm.records import RANGES
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
@@ -67,15 +68,22 @@ def node_options(command: F) -> F:
 def sampling_options(command: F) -> F:
     """How tokens are picked, and how many; the names are those of ``Model.generate``'s arguments."""
     options: tuple[Decorator, ...] = (
-        click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N"),
-        click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, metavar="T"),
-        click.option("--top-k", type=click.IntRange(0), default=0, metavar="K", help="0: all tokens."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, metavar="P"),
-        click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, metavar="P"),
-        click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, metavar="R"),
-        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N"),
+        click.option("--max-new-tokens", type=_range("max_new_tokens"), default=256, show_default=True, metavar="N"),
+        click.option("--temperature", type=_range("temperature"), default=0.0, show_default=True, metavar="T"),
+        click.option("--top-k", type=_range("top_k"), default=0, metavar="K", help="0: all tokens."),
+        click.option("--top-p", type=_range("top_p"), default=1.0, metavar="P"),
+        click.option("--min-p", type=_range("min_p"), default=0.0, metavar="P"),
+        click.option("--repetition-penalty", type=_range("repetition_penalty"), default=1.0, metavar="R"),
+        click.option("--seed", type=_range("seed"), default=0, show_default=True, metavar="N"),
     )
     return _apply(command, options)
+
+
+def _range(name: str) -> click.IntRange | click.FloatRange:
+    lowest, highest = RANGES[name]
+    if isinstance(lowest, int) and isinstance(highest, int):
+        return click.IntRange(lowest, highest)
+    return click.FloatRange(lowest, highest)
 
 
 def settings_of(model: str, options: Mapping[str, object], *, client: bool = False) -> Settings:

@@ -24,8 +24,9 @@ from torrentlm.gateway.pipe import Pipe
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.membership import Membership
 from torrentlm.node.parts import Parts, Say
+from torrentlm.node.services import open_services
 from torrentlm.records import Endpoint, InfoHash, NodeKey, SessionId
-from torrentlm.structured import open_services, single_error
+from torrentlm.structured import single_error
 from torrentlm.swarm.addresses import is_address
 from torrentlm.swarm.session import Swarm
 from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP
