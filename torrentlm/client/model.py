@@ -30,7 +30,8 @@ CHAT_LENGTH = 4096
 
 
 class ModelClient:
-    """``max_length`` is the model's own limit in tokens (None: it has none); ``stop_tokens`` end every generation."""
+    """``max_length`` is the model's own limit in tokens (None: it has none), ``vocabulary`` the width of its logits;
+    ``stop_tokens`` end every generation."""
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class ModelClient:
         nursery: trio.Nursery,
         *,
         max_length: int | None,
+        vocabulary: int,
         stop_tokens: Sequence[int],
         waiting: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -50,6 +52,7 @@ class ModelClient:
         self._tokenizer = tokenizer
         self._nursery = nursery
         self._max_length = max_length
+        self._vocabulary = vocabulary
         self._stop_tokens = tuple(stop_tokens)
         self._waiting = waiting
 
@@ -73,6 +76,7 @@ class ModelClient:
                     [self._label(hop) for hop in hops],
                     batch=batch,
                     max_length=max_length,
+                    vocabulary=self._vocabulary,
                     pads=pads,
                     blame=self._directory.blame,
                 )

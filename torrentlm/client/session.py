@@ -8,6 +8,7 @@ back, reorder rows.
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,13 +41,18 @@ from torrentlm.wire.messages import (
     Token,
     Want,
 )
-from torrentlm.wire.tensors import Tensor
+from torrentlm.wire.tensors import Tensor, join_tokens
 
 OPEN_TIMEOUT_S = 20.0
 SILENCE_LIMIT_S = 60.0
 """Longest wait for the next token or output; a dead pipe is noticed much sooner."""
 LEASE_S = 30.0
 PREFILL_CHUNK = 512
+IN_FLIGHT = 4
+"""Chunks of a prompt under way at once, so that every holder has one to run and none has to keep a whole prompt."""
+OUTPUT_BYTES = 32 << 20
+"""Most bytes of logits asked for at once."""
+LOGIT_BYTES = 4
 """Tokens per step of a long prompt: the holders work on different chunks of it at the same time."""
 CLOSE_TIMEOUT_S = 1.0
 
@@ -80,11 +86,14 @@ class _Lost:
 class RemoteSession:
     """Made by :func:`open_session`. ``length`` is the number of tokens per row that every holder surely has cached."""
 
-    def __init__(self, links: Links, hops: Sequence[Hop], labels: Sequence[str], batch: int, max_length: int) -> None:
+    def __init__(
+        self, links: Links, hops: Sequence[Hop], labels: Sequence[str], batch: int, max_length: int, vocabulary: int
+    ) -> None:
         self.hops = tuple(hops)
         self.batch = batch
         self.max_length = max_length
         self.length = 0
+        self._vocabulary = vocabulary
         self._links = links
         self._labels = tuple(labels)
         self._handles = tuple(SessionId(secrets.token_bytes(16)) for _ in hops)
@@ -224,9 +233,9 @@ class RemoteSession:
         try:
             last = len(self.hops) - 1
             await self._send(last, Generate(self._handles[last], epoch, end - 1, max_new_tokens, sampling, stop, past))
-            for offset in range(0, count, PREFILL_CHUNK):
-                chunk = [row[offset : offset + PREFILL_CHUNK] for row in rows]
-                await self._send(0, self._step(epoch, start + offset, end - 1, Want.SAMPLE, ids_tensor(chunk)))
+            rest = await self._prefill(rows, start)
+            chunk = ids_tensor([row[rest:] for row in rows])
+            await self._send(0, self._step(start + rest, Want.SAMPLE, chunk, emit_from=end - 1))
             while True:
                 token = await self._await_token(epoch)
                 self.length = token.position
@@ -260,22 +269,43 @@ class RemoteSession:
 
     def _step(
         self,
-        epoch: int,
         position: int,
-        emit_from: int,
         want: Want,
         tensor: Tensor,
+        *,
+        emit_from: int | None = None,
         reorder: tuple[int, ...] | None = None,
     ) -> Step:
         return Step(
             session=self._handles[0],
-            epoch=epoch,
+            epoch=self._epoch,
             position=position,
-            emit_from=emit_from,
+            emit_from=position if emit_from is None else emit_from,
             want=want,
             reorder=reorder,
             tensors=(tensor,),
         )
+
+    async def _prefill(self, rows: Sequence[Sequence[int]], start: int, reorder: tuple[int, ...] | None = None) -> int:
+        """Feed all but the last chunk of ``rows``, a few at a time; returns where that one begins."""
+        last = max(len(rows[0]) - 1, 0) // PREFILL_CHUNK * PREFILL_CHUNK
+        in_flight: deque[int] = deque()
+        for offset in range(0, last, PREFILL_CHUNK):
+            if len(in_flight) == max(IN_FLIGHT, len(self.hops) + 1):
+                await self._await_output(in_flight.popleft())
+            chunk = ids_tensor([row[offset : offset + PREFILL_CHUNK] for row in rows])
+            await self._send(0, self._step(start + offset, Want.NONE, chunk, reorder=None if offset else reorder))
+            in_flight.append(start + offset)
+        return last
+
+    async def _await_output(self, position: int) -> tuple[Tensor, ...]:
+        """What the step at ``position`` gave; nothing where it wanted nothing."""
+        with trio.move_on_after(SILENCE_LIMIT_S):
+            while True:
+                message = await self._next()
+                if isinstance(message, Output) and (message.epoch, message.position) == (self._epoch, position):
+                    return message.tensors
+        raise HolderLostError(f"no output came for {SILENCE_LIMIT_S:.0f} s: ask again")
 
     async def step(
         self,
@@ -295,22 +325,24 @@ class RemoteSession:
         if start != self.length or self._epoch == 0 or self._stepping:
             self._new_epoch(start)
         self._stepping = True
-        await self._send(
-            0,
-            self._step(
-                self._epoch, start, start, want, ids_tensor(rows), tuple(reorder) if reorder is not None else None
-            ),
-        )
-        with trio.move_on_after(SILENCE_LIMIT_S):
-            while True:
-                message = await self._next()
-                if isinstance(message, Output) and (message.epoch, message.position) == (self._epoch, start):
-                    if len(message.tensors) != 1:
-                        raise RemoteProtocolError(f"{self._labels[-1]} sent {len(message.tensors)} tensors as logits")
-                    self.length = start + len(rows[0])
-                    self._stepping = False
-                    return message.tensors[0]
-        raise HolderLostError(f"no output came for {SILENCE_LIMIT_S:.0f} s: ask again")
+        picked = tuple(reorder) if reorder is not None else None
+        count = len(rows[0])
+        first, size = 0, PREFILL_CHUNK
+        if want == Want.LOGITS_ALL:
+            size = min(size, max(1, OUTPUT_BYTES // (LOGIT_BYTES * self._vocabulary * self.batch)))
+        else:
+            first = await self._prefill(rows, start, picked)
+        logits: list[Tensor] = []
+        for offset in range(first, max(count, first + 1), size):
+            chunk = ids_tensor([row[offset : offset + size] for row in rows])
+            await self._send(0, self._step(start + offset, want, chunk, reorder=None if offset else picked))
+            tensors = await self._await_output(start + offset)
+            if len(tensors) != 1:
+                raise RemoteProtocolError(f"{self._labels[-1]} sent {len(tensors)} tensors as logits")
+            logits += tensors
+        self.length = start + count
+        self._stepping = False
+        return join_tokens(logits)
 
     async def close(self) -> None:
         """Free what the holders keep; twice is once. A holder that cannot be told frees it when the lease ends."""
@@ -337,15 +369,17 @@ async def open_session(
     *,
     batch: int = 1,
     max_length: int,
+    vocabulary: int,
     pads: tuple[int, ...] | None = None,
     blame: Callable[[NodeKey], None] = lambda node: None,
 ) -> RemoteSession:
     """Open a session on every holder of ``hops``; the caller closes it. ``nursery`` runs its watchers until then.
 
-    ``labels`` name the holders in messages to a person; ``blame`` hears which holder it was that an opening failed at.
+    ``labels`` name the holders in messages to a person; ``vocabulary`` is the width of logits; ``blame`` hears which
+    holder it was that an opening failed at.
     Raises RefusedError, HolderLostError, NetworkError.
     """
-    session = RemoteSession(links, hops, labels, batch, max_length)
+    session = RemoteSession(links, hops, labels, batch, max_length, vocabulary)
     try:
         await session._open(model, pads or (0,) * batch)
     except BaseException as error:

@@ -50,10 +50,19 @@ def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
 
 def context_length(folder: Path) -> int | None:
     """The longest text in tokens that the model is made for, if its config.json says."""
+    return _of_text(folder, "max_position_embeddings")
+
+
+def vocabulary_size(folder: Path) -> int | None:
+    """The width of the model's logits, if its config.json says."""
+    return _of_text(folder, "vocab_size")
+
+
+def _of_text(folder: Path, key: str) -> int | None:
     settings = _settings(folder / "config.json")
     text = settings.get("text_config")
-    found = (text if isinstance(text, dict) else settings).get("max_position_embeddings")
-    return found if type(found) is int else None
+    found = (text if isinstance(text, dict) else settings).get(key)
+    return found if type(found) is int and found > 0 else None
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ MAX_ORDERS = 4
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a step gave: a border for the next hop, or an emission (and the ids to feed back), or tensors for the
-    client.
+    client (none where it only wants to know that the step is done).
     """
 
     border: tuple[tuple[Tensor, ...], Any] | None = None
@@ -95,7 +95,9 @@ class Execution:
         if isinstance(result, Logits) and emits:
             emission = self._run_of(step.epoch).emit(result.logits, step.position + extent_of(step)[1])
             return Result(emission=emission, fed=ids_tensor([[token] for token in emission.tokens]))
-        if step.want == Want.NONE or step.want == Want.SAMPLE:
+        if step.want == Want.NONE:
+            return Result(output=())
+        if step.want == Want.SAMPLE:
             return Result()
         return Result(output=to_wire(result)[0])
 

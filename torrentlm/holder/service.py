@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 256
 MAX_QUEUED_STEPS = 256
+MAX_QUEUED_BYTES = 512 << 20
+"""Of all sessions together. A client keeps a few chunks of its prompt under way, see docs/protocol.md."""
 TELL_LIMIT_S = 2.0
 REAP_EVERY_S = 1.0
 GENERATE_WAIT_S = 10.0
@@ -65,6 +67,7 @@ class _Live:
     execution: Execution
     kv_bytes: int
     queue: trio.MemorySendChannel[Step]
+    queued_bytes: int = 0
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     changed: trio.Event = field(default_factory=trio.Event)
 
@@ -245,8 +248,11 @@ class Holder:
             return
         try:
             rows, tokens = extent_of(step)
+            if sum(live.queued_bytes for live in self._live.values()) + step.nbytes > MAX_QUEUED_BYTES:
+                raise RefusedError("too much input waits here: send less of a prompt at once", "busy")  # noqa: TRY301
             if live.session.admit(sender, step.epoch, step.position, tokens, rows):
                 live.queue.send_nowait(step)
+                live.queued_bytes += step.nbytes
         except (RefusedError, RemoteProtocolError) as error:
             await self._fail(live, step.epoch, *explain(error), end=False)
         except trio.WouldBlock:
@@ -268,6 +274,7 @@ class Holder:
         try:
             with live.scope:
                 async for step in steps:
+                    live.queued_bytes -= step.nbytes
                     if live.session.is_stale(step.epoch):
                         continue
                     failure = await self._advance(live, step)

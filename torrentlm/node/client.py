@@ -11,7 +11,7 @@ from typing import Any
 import trio
 
 from torrentlm.client.model import ModelClient
-from torrentlm.compute.tokenizer import context_length, load_tokenizer, stop_tokens
+from torrentlm.compute.tokenizer import context_length, load_tokenizer, stop_tokens, vocabulary_size
 from torrentlm.config import Settings
 from torrentlm.errors import ConfigError, FolderInUseError, StorageError
 from torrentlm.manifest.magnet import Magnet
@@ -54,7 +54,7 @@ async def open_client(settings: Settings, say: Say = lambda event: None) -> Asyn
     with single_error():
         async with open_node(config, say, _first_free_store) as node, trio.open_nursery() as nursery:
             membership = await node.join(magnet, timeout=JOIN_TIMEOUT_S)
-            tokenizer, ends, limit = await trio.to_thread.run_sync(_text_side, membership.folder)
+            tokenizer, ends, limit, vocabulary = await trio.to_thread.run_sync(_text_side, membership.folder)
             model = ModelClient(
                 node,
                 membership,
@@ -62,6 +62,7 @@ async def open_client(settings: Settings, say: Say = lambda event: None) -> Asyn
                 tokenizer,
                 nursery,
                 max_length=limit,
+                vocabulary=vocabulary,
                 stop_tokens=ends,
                 waiting=lambda sentence: say({"event": "waiting", "why": sentence}),
             )
@@ -87,6 +88,7 @@ def _first_free_store(data: Path) -> Store:
     raise StorageError(f"{MAX_CLIENTS} clients use {data} already: choose another folder with --data")
 
 
-def _text_side(folder: Path) -> tuple[Any, tuple[int, ...], int | None]:
+def _text_side(folder: Path) -> tuple[Any, tuple[int, ...], int | None, int]:
     tokenizer = load_tokenizer(folder)
-    return tokenizer, stop_tokens(folder, tokenizer), context_length(folder)
+    vocabulary = vocabulary_size(folder) or len(tokenizer)
+    return tokenizer, stop_tokens(folder, tokenizer), context_length(folder), vocabulary

@@ -214,6 +214,11 @@ class Step:
     tensors: Tensors
     tree: SideTree = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
 
 @dataclass(frozen=True, slots=True)
 class Token:
@@ -233,7 +238,7 @@ class Token:
 @dataclass(frozen=True, slots=True)
 class Output:
     """The last holder to the client: what a step with ``want`` LOGITS_* or HIDDEN asked for. ``position`` is the
-    step's."""
+    step's. With want NONE it brings nothing and says that the step is in every cache."""
 
     session: Session
     epoch: Epoch

@@ -13,6 +13,8 @@ from typing import Any
 
 import zstandard
 
+from torrentlm.errors import RemoteProtocolError
+
 MAX_EXPANDED = 256 << 10
 """Most bytes that the compressed tensors of one message may expand to, all together."""
 COMPRESS_FROM = 512
@@ -45,6 +47,18 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+def join_tokens(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors [B, n, …] behind one another along n. RemoteProtocolError if a peer made them too different for that."""
+    if len(parts) == 1:
+        return parts[0]
+    dtype, (batch, _, *rest) = parts[0].dtype, parts[0].shape
+    if any((part.dtype, part.shape[0], part.shape[2:]) != (dtype, batch, tuple(rest)) for part in parts):
+        raise RemoteProtocolError("a peer sent tensors of different shapes in answer to equal steps")
+    sizes = [part.nbytes // batch for part in parts]
+    rows = (part.data[row * n : (row + 1) * n] for row in range(batch) for part, n in zip(parts, sizes, strict=True))
+    return Tensor(dtype, (batch, sum(part.shape[1] for part in parts), *rest), b"".join(rows))
 
 
 class PayloadWriter:

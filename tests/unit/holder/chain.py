@@ -160,6 +160,7 @@ async def session_on(
                 labels,
                 batch=batch,
                 max_length=max_length,
+                vocabulary=VOCABULARY,
                 pads=pads,
             )
             try:

@@ -223,6 +223,36 @@ def test_stepping_mixes_sizes_rolls_back_and_takes_nothing(tiny: Tiny) -> None:
     run(tiny, body)
 
 
+def test_a_long_text_goes_in_chunks_with_few_of_them_under_way(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torrentlm.client.session.PREFILL_CHUNK", 3)
+    monkeypatch.setattr("torrentlm.client.session.OUTPUT_BYTES", 4 * 97 * 2 * 5)  # logits of two rows of five
+    monkeypatch.setattr("torrentlm.holder.service.MAX_QUEUED_STEPS", 5)
+    rows = [[(7 * row + 5 * at) % 97 for at in range(61)] for row in range(2)]
+
+    async def body(chain: Chain) -> None:
+        async with session_on(chain, tiny.id) as session:
+            assert ids_of(await generate(session, rows[0], 12)) == tiny.greedy(rows[0], 12)
+        async with session_on(chain, tiny.id, batch=2) as session:
+            every = unpack(await session.step(rows))
+            torch.testing.assert_close(every, tiny.logits(rows), rtol=1e-4, atol=1e-4)
+            last = unpack(await session.step(rows, position=0, want=Want.LOGITS_LAST))
+            torch.testing.assert_close(last, every[:, -1:], rtol=1e-4, atol=1e-4)
+
+    run(tiny, body)
+
+
+def test_a_flood_of_steps_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torrentlm.holder.service.MAX_QUEUED_BYTES", 20)
+
+    async def body(chain: Chain) -> None:
+        async with session_on(chain, tiny.id) as session:
+            with pytest.raises(RefusedError, match="too much input waits") as refused:
+                await session.step([PROMPT])
+            assert refused.value.code == "busy"
+
+    run(tiny, body)
+
+
 def test_a_left_padded_batch_and_reordered_rows(tiny: Tiny) -> None:
     long, short = [5, 17, 3, 80, 41], [60, 61, 62]
     rows = [long, [0, 0, *short]]
