@@ -219,8 +219,8 @@ class Session(_Closing):
         ``last_only``.
 
         A ``position`` below :attr:`length` first rolls the session back to it; ``reorder`` first lets row i go on
-        from row ``reorder[i]``. Raises ValueError for ids that are none, RefusedError (code "max_length" when the session is full), NoHolderError,
-        HolderLostError.
+        from row ``reorder[i]``. Raises ValueError for ids that are none, RefusedError (code "max_length" when the
+        session is full), NoHolderError, HolderLostError.
         """
         if not ids or len({len(row) for row in ids}) > 1 or not all(0 <= token < 2**31 for row in ids for token in row):
             raise ValueError("ids are equally long rows of token ids, one row for each of the batch; pad on the left")

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-from torrentlm.errors import LocalProtocolError
+from torrentlm.errors import LocalProtocolError, TorrentLMError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,8 +30,15 @@ class _Job:
     scope: trio.CancelScope
 
 
+class _ClosedError(LocalProtocolError):
+    """A job has no manager to run in, or no longer."""
+
+
 class Portal(Generic[T]):
-    """Opens ``manager`` in a new thread; ``value`` is what it yields. Call :meth:`close` when done."""
+    """Opens ``manager`` in a new thread; ``value`` is what it yields. Call :meth:`close` when done.
+
+    Jobs raise LocalProtocolError once it is closed; if the manager failed by itself, the error that it failed with.
+    """
 
     def __init__(self, manager: Callable[[], AbstractAsyncContextManager[T]]) -> None:
         self._manager = manager
@@ -39,6 +46,7 @@ class Portal(Generic[T]):
         self._token: trio.lowlevel.TrioToken | None = None
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
+        self._error: BaseException | None = None
         # A daemon, so that a script that never closes its model can still end.
         self._thread = threading.Thread(target=self._main, name="torrentlm", daemon=True)
         self._thread.start()
@@ -52,6 +60,7 @@ class Portal(Generic[T]):
         try:
             trio.run(self._run)
         except BaseException as error:
+            self._error = error
             if not self._opened.done():
                 self._opened.set_exception(error)
         finally:
@@ -74,7 +83,7 @@ class Portal(Generic[T]):
             job.future.set_exception(error)
         finally:
             if not job.future.done():
-                job.future.set_exception(LocalProtocolError("this model was closed meanwhile: connect again"))
+                job.future.set_exception(_ClosedError())
 
     def _submit(self, work: Callable[[], Awaitable[object]]) -> _Job:
         job = _Job(work, concurrent.futures.Future(), trio.CancelScope())
@@ -84,18 +93,18 @@ class Portal(Generic[T]):
                 assert self._nursery is not None  # noqa: S101  set before the constructor returns
                 self._nursery.start_soon(self._do, job)
             except RuntimeError:  # the nursery is closed
-                job.future.set_exception(LocalProtocolError("this model is closed: connect again"))
+                job.future.set_exception(_ClosedError())
 
         self._on_loop(start)
         return job
 
     def _on_loop(self, call: Callable[[], object]) -> None:
         if self._token is None:
-            raise LocalProtocolError("this model is closed: connect again")
+            raise _ClosedError
         try:
             self._token.run_sync_soon(call)
         except trio.RunFinishedError:
-            raise LocalProtocolError("this model is closed: connect again") from None
+            raise _ClosedError from None
 
     def _abandon(self, job: _Job) -> None:
         if not job.future.done():
@@ -104,11 +113,12 @@ class Portal(Generic[T]):
 
     def run(self, work: Callable[[], Awaitable[R]]) -> R:
         """Run ``work`` inside and wait for its result. Raises what it raises."""
-        job = self._submit(work)
-        try:
-            return job.future.result()  # type: ignore[return-value]
-        finally:
-            self._abandon(job)
+        with self._explained():
+            job = self._submit(work)
+            try:
+                return job.future.result()  # type: ignore[return-value]
+            finally:
+                self._abandon(job)
 
     def stream(self, work: Callable[[Callable[[R], None]], Awaitable[object]]) -> Iterator[R]:
         """Run ``work(emit)`` inside and yield what it emits. Raises what it raises, after the last item."""
@@ -120,16 +130,28 @@ class Portal(Generic[T]):
             finally:
                 items.put((False, None))
 
-        job = self._submit(guarded)
+        with self._explained():
+            job = self._submit(guarded)
+            try:
+                while True:
+                    more, item = items.get()
+                    if not more:
+                        break
+                    yield item  # type: ignore[misc]
+                job.future.result()
+            finally:
+                self._abandon(job)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn "closed" into why."""
         try:
-            while True:
-                more, item = items.get()
-                if not more:
-                    break
-                yield item  # type: ignore[misc]
-            job.future.result()
-        finally:
-            self._abandon(job)
+            yield
+        except _ClosedError:
+            self._thread.join(timeout=5)  # it is on its way out, with the reason
+            if isinstance(self._error, TorrentLMError):
+                raise self._error from None
+            raise LocalProtocolError("this model is closed: connect again") from self._error
 
     def close(self) -> None:
         """Close the manager and wait for its thread; twice is once."""

@@ -15,6 +15,7 @@ import trio.lowlevel
 
 from torrentlm.errors import LocalProtocolError, NetworkError
 from torrentlm.portal import Portal
+from torrentlm.structured import single_error
 
 
 class Log:
@@ -116,3 +117,30 @@ def test_what_the_manager_raises_is_raised_to_the_opener() -> None:
 
     with pytest.raises(NetworkError, match="port in use"):
         Portal(broken)
+
+
+def test_why_the_manager_failed_is_told_to_whoever_waits_and_whoever_comes_later() -> None:
+    fail = trio.Event()
+
+    @asynccontextmanager
+    async def manager() -> AsyncIterator[None]:
+        async def fails() -> None:
+            await fail.wait()
+            raise NetworkError("the port is gone")
+
+        with single_error():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fails)
+                yield
+
+    async def waits() -> None:
+        fail.set()
+        await trio.sleep_forever()
+
+    portal = Portal(manager)
+    for _ in range(2):
+        with pytest.raises(NetworkError, match="the port is gone"):
+            portal.run(waits)
+    with pytest.raises(NetworkError, match="the port is gone"):
+        list(portal.stream(lambda emit: waits()))
+    portal.close()

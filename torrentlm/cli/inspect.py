@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from torrentlm.cli import text
 from torrentlm.cli.engine import prepare, waiting
 from torrentlm.cli.options import client_options, settings_of
 from torrentlm.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torrentlm.manifest.canonical import TensorSpec
 
 LEFT_OUT = ("files",)
 """Columns for scripts alone: a block's files are named by their hashes."""
@@ -28,8 +31,7 @@ _HASH = re.compile("[0-9a-f]{40,}")
 def command(what: str, as_json: bool, **options: object) -> None:
     """Show what MODEL is made of and which peers hold it, or, without any network, what FILE.torrent contains.
 
-    Tensors are read from block files, so they are known only for those on this machine: the table counts them per
-    block of MODEL, --json lists them.
+    The table counts the tensors of each block of MODEL, --json lists them.
     """
     found = inspect_torrent(Path(what)) if what.endswith(".torrent") else _ask_swarm(what, options)
     if as_json:
@@ -48,7 +50,7 @@ def _ask_swarm(model: str, options: dict[str, object]) -> dict[str, Any]:
 
 
 def inspect_torrent(path: Path) -> dict[str, Any]:
-    """A .torrent as plain values; with ``blocks`` or ``tensors`` if what it describes lies beside it.
+    """A .torrent as plain values; a block's with ``tensors`` if it lies in a model's folder or beside its file.
 
     Raises ArtifactError if it cannot be read or is not one that torrentlm publishes.
     """
@@ -70,24 +72,35 @@ def inspect_torrent(path: Path) -> dict[str, Any]:
         "piece_length": torrent.piece_length,
         "files": [{"path": "/".join(file.path), "size": file.size, "root": file.root.hex()} for file in torrent.files],
     }
-    tensors = _tensors_beside(path, torrent.name, torrent.size)
-    return found if tensors is None else found | {"tensors": tensors}
+    specs = _tensors_in_model(path, torrent.v2) or _tensors_beside(path, torrent.name, torrent.size)
+    return found | {"tensors": [spec.described() for spec in specs]} if specs else found
 
 
-def _tensors_beside(path: Path, name: str, size: int) -> list[dict[str, Any]] | None:
-    """The tensors of a block file that lies beside its torrent or, as in a data folder, in ``blocks/`` further up."""
+def _tensors_in_model(path: Path, v2: bytes) -> list[TensorSpec]:
+    """A block torrent's tensors under the model's names, if it lies in a model's folder, below the manifest.
+
+    Equal layers are one file, whose tensors then have several names, each listed.
+    """
+    from torrentlm.manifest.manifest import FILE_NAME, MAX_BYTES, Manifest
+
+    try:
+        with (path.absolute().parent.parent / FILE_NAME).open("rb") as file:
+            manifest = Manifest.from_bytes(file.read(MAX_BYTES + 1))
+    except (OSError, ArtifactError):
+        return []  # it lies elsewhere, or another version published it; the torrent can be shown all the same
+    used = [used for block in manifest.blocks for used in block.files if manifest.files[used.file].v2 == v2]
+    return list(dict.fromkeys(spec for part in used for spec in manifest.tensors_of(part)))
+
+
+def _tensors_beside(path: Path, name: str, size: int) -> list[TensorSpec]:
+    """The tensors, by their names in the file, of a block file that lies beside its torrent."""
     from torrentlm.manifest.canonical import read_canonical
 
-    candidates = [path.parent / name, *(folder / "blocks" / name for folder in path.absolute().parents[:5])]
-    payload = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if payload is None or not name.endswith(".safetensors") or payload.stat().st_size != size:
-        return None
+    payload = path.parent / name
+    if not name.endswith(".safetensors") or not payload.is_file() or payload.stat().st_size != size:
+        return []
     with payload.open("rb") as file:
-        layout = read_canonical(file, size, str(payload))
-    return [
-        {"name": placed.tensor.name, "dtype": placed.tensor.dtype, "shape": list(placed.tensor.shape)}
-        for placed in layout.tensors
-    ]
+        return list(read_canonical(file, size, str(payload)).specs)
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -109,7 +122,7 @@ def _short(cell: str) -> str:
 def _cell(name: str, value: Any) -> str:
     if name == "size" or name.endswith("_bytes"):
         return text.size(value)
-    if name == "tensors":  # of a block; one whose files are elsewhere has none to count
+    if name == "tensors":  # of a block
         return str(len(value)) if value else ""
     if name == "shape":
         return "x".join(map(str, value)) or "scalar"

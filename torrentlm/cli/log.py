@@ -15,6 +15,7 @@ def configure() -> None:
     debug = bool(os.environ.get("TORRENTLM_DEBUG"))
     handler = _Stderr()
     handler.setFormatter(logging.Formatter(EVERYTHING) if debug else _OneLine())
+    logging.captureWarnings(capture=True)  # libraries' own remarks, which would bring a line of source with them
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
 
 

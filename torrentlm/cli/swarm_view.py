@@ -60,7 +60,9 @@ class SwarmView:
         self.apply(event)
         match event.get("event"):
             case "published":
-                return f"Published {self.name}: {self.magnet}"
+                left_out = len(event.get("left_out", ()))
+                aside = f" (left out: {text.count(left_out, 'tensor')} that no block reads)" if left_out else ""
+                return f"Published {self.name}{aside}: {self.magnet}"
             case "starting":
                 return f"Listening on port {self.port}"
             case "joined":

@@ -55,7 +55,8 @@ async def _publish(node: Node, recipe: Recipe, say: Say) -> Magnet:
         trio.from_thread.run_sync(say, event)  # also where a cancelled publishing ends
 
     published = await trio.to_thread.run_sync(_publish_in_thread, recipe, node.parts.store, progress)
-    say({"event": "published", "name": published.manifest.name, "magnet": str(published.magnet)})
+    name, magnet = published.manifest.name, str(published.magnet)
+    say({"event": "published", "name": name, "magnet": magnet, "left_out": list(published.left_out)})
     return published.magnet
 
 
