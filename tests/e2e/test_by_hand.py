@@ -145,6 +145,7 @@ def test_inspect_a_magnet(world: World):
     model = json.loads(found.stdout)
     assert model["name"] == "Tiny" and model["layers"] == checkpoint.LAYERS
     assert [block["kind"] for block in model["blocks"]] == ["stem", *["layers"] * checkpoint.LAYERS, "head"]
+    assert all(block["tensors"] for block in model["blocks"])  # no file of them is the client's
     people = run(*world.client("inspect", world.magnet))
     assert people.returncode == 0 and "stem" in people.stdout and model["v2"] in people.stdout
 

@@ -26,6 +26,8 @@ DTYPE_BYTES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
 }  # fmt: skip
 """Bytes per element, by safetensors' names. Types that pack several elements into a byte are left out."""
+FLOATING = frozenset(("F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3", "F8_E8M0"))
+"""Those that become the dtype that is computed in; the others stay as they are."""
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 MAX_DIMENSIONS = 16
@@ -43,6 +45,10 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def described(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +72,23 @@ class Layout:
         """The whole file's, in bytes."""
         return self.tensors[-1].end if self.tensors else len(self.header)
 
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return tuple(placed.tensor for placed in self.tensors)
+
 
 def layout(tensors: Iterable[TensorSpec]) -> Layout:
-    """The one canonical layout for these tensors. Raises ValueError for an unknown dtype or a name given twice."""
+    """The one canonical layout for these tensors.
+
+    Raises ValueError for an unknown dtype, or a name that comes twice or is reserved.
+    """
     specs = list(tensors)
     if unknown := {spec.dtype for spec in specs} - DTYPE_BYTES.keys():
         raise ValueError(f"no canonical form for dtype {min(unknown)}")
-    if len({spec.name for spec in specs}) != len(specs) or any(spec.name == _METADATA for spec in specs):
+    if len({spec.name for spec in specs}) != len(specs):
         raise ValueError("tensor names are not unique")
+    if any(spec.name == _METADATA for spec in specs):
+        raise ValueError(f"a tensor cannot be named {_METADATA}")
     specs.sort(key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
     header: dict[str, object] = {}
     end = 0

@@ -1,21 +1,22 @@
-"""The manifest: which blocks a model has, which files a block needs, and which torrents those files are.
+"""The manifest: which blocks a model has, which files a block needs, what they hold, and which torrents they are.
 
 Blocks and files are numbered; a file may serve several blocks (tied embeddings) and exists once. Tensor names in files
 are relative (no layer number, no model prefix), so that equal layers of different models are equal files; each block
-says how they map to the checkpoint's names.
+says how they map to the checkpoint's names. Files that differ in their values alone share one numbered layout.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import msgpack
 
 from torrentlm.errors import ArtifactError
-from torrentlm.manifest.canonical import DTYPE_BYTES
+from torrentlm.manifest import canonical
+from torrentlm.manifest.canonical import DTYPE_BYTES, MAX_DIMENSIONS, Layout, TensorSpec
 from torrentlm.records import Span
 
 VERSION = 1
@@ -23,6 +24,7 @@ FILE_NAME = "manifest.msgpack"
 MAX_BYTES = 16 * 1024 * 1024
 MAX_BLOCKS = 16_384
 MAX_FILES = 65_536
+MAX_TENSORS = 262_144  # of all layouts, and of all blocks, where a tensor counts for every block that has it
 MAX_TEXT = 512  # characters of any name
 TASK = "causal-lm"
 
@@ -34,13 +36,14 @@ _T = TypeVar("_T")
 class FileEntry:
     """One canonical safetensors file. ``name`` is its pieces root in hexadecimal + ``.safetensors``, ``size`` in bytes.
 
-    ``v1`` (20 bytes) and ``v2`` (32 bytes) are the info-hashes of its torrent.
+    ``v1`` (20 bytes) and ``v2`` (32 bytes) are the info-hashes of its torrent; ``layout`` is the number of its layout.
     """
 
     name: str
     size: int
     v1: bytes
     v2: bytes
+    layout: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +58,19 @@ class BlockFile:
 
         Raises ArtifactError when none fits.
         """
-        fitting = [pair for pair in self.names if name.startswith(pair[0])]
-        if not fitting:
-            raise ArtifactError(f"the manifest does not say what tensor {name!r} is; the model must be published again")
-        in_file, in_checkpoint = max(fitting, key=lambda pair: len(pair[0]))
-        return in_checkpoint + name[len(in_file) :]
+        return next(self.full_names((name,)))
+
+    def full_names(self, names: Iterable[str]) -> Iterator[str]:
+        """Like ``full_name``, for one after the other."""
+        in_checkpoint = dict(reversed(self.names))  # of equal prefixes the first counts
+        lengths = sorted({len(prefix) for prefix in in_checkpoint}, reverse=True)
+        for name in names:
+            length = next((length for length in lengths if name[:length] in in_checkpoint), None)
+            if length is None:
+                raise ArtifactError(
+                    f"the manifest does not say what tensor {name!r} is; the model must be published again"
+                )
+            yield in_checkpoint[name[:length]] + name[length:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +87,7 @@ class Manifest:
     """What a model torrent's ``manifest.msgpack`` says. Blocks run in order: the stem, the layers, the head.
 
     ``architecture`` is transformers' class name, ``dtype`` the weights' (safetensors' name), ``layer_stack`` the path
-    of the list of layers in the module tree, ``layers`` its length.
+    of the list of layers in the module tree, ``layers`` its length. ``layouts`` are those of the files, each once.
     """
 
     name: str
@@ -86,6 +97,7 @@ class Manifest:
     layers: int
     blocks: tuple[BlockEntry, ...]
     files: tuple[FileEntry, ...]
+    layouts: tuple[Layout, ...]
     task: str = TASK
 
     @property
@@ -100,6 +112,16 @@ class Manifest:
         """The distinct files that blocks ``first`` to ``last`` (inclusive) need, in block order."""
         indices = dict.fromkeys(used.file for block in self.blocks[first : last + 1] for used in block.files)
         return tuple(self.files[index] for index in indices)
+
+    def block_tensors(self, block: int) -> tuple[TensorSpec, ...]:
+        """The block's tensors under the checkpoint's names, file by file."""
+        return tuple(tensor for used in self.blocks[block].files for tensor in self.tensors_of(used))
+
+    def tensors_of(self, used: BlockFile) -> Iterator[TensorSpec]:
+        """A file's tensors under the names that the checkpoint has for them in one block."""
+        specs = self.layouts[self.files[used.file].layout].specs
+        for spec, name in zip(specs, used.full_names(spec.name for spec in specs), strict=True):
+            yield replace(spec, name=name)
 
     def block_label(self, block: int) -> str:
         """For people: ``block 0 (stem)``, ``block 7 (layers 12-13)``."""
@@ -118,7 +140,11 @@ class Manifest:
             }
             for block in self.blocks
         ]
-        files = [{"name": file.name, "size": file.size, "v1": file.v1, "v2": file.v2} for file in self.files]
+        files = [
+            {"layout": file.layout, "name": file.name, "size": file.size, "v1": file.v1, "v2": file.v2}
+            for file in self.files
+        ]
+        layouts = [[[spec.name, spec.dtype, list(spec.shape)] for spec in layout.specs] for layout in self.layouts]
         content = {
             "architecture": self.architecture,
             "blocks": blocks,
@@ -126,6 +152,7 @@ class Manifest:
             "files": files,
             "layer_stack": self.layer_stack,
             "layers": self.layers,
+            "layouts": layouts,
             "name": self.name,
             "task": self.task,
             "version": VERSION,
@@ -138,6 +165,7 @@ class Manifest:
         try:
             manifest = _read(data)
             _check(manifest)
+            _check_encoding(manifest, data)
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
             raise ArtifactError(
                 f"the model's manifest is not usable ({error}); is this magnet a torrentlm model?"
@@ -148,10 +176,10 @@ class Manifest:
 def _read(data: bytes) -> Manifest:
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has {len(data)} bytes")
-    content = msgpack.unpackb(data, max_str_len=4 * MAX_TEXT, max_bin_len=32, max_array_len=MAX_FILES, max_map_len=16)
+    content = msgpack.unpackb(data, max_str_len=4 * MAX_TEXT, max_bin_len=32, max_array_len=MAX_TENSORS, max_map_len=16)
     if isinstance(content, dict) and content.get("version") != VERSION:
         raise ValueError(f"it is of version {content.get('version')!r:.20}, this torrentlm reads version {VERSION}")
-    fields = _Fields(content, "architecture blocks dtype files layer_stack layers name task version")
+    fields = _Fields(content, "architecture blocks dtype files layer_stack layers layouts name task version")
     return Manifest(
         name=fields.text("name"),
         architecture=fields.text("architecture"),
@@ -160,6 +188,7 @@ def _read(data: bytes) -> Manifest:
         layers=fields.number("layers"),
         blocks=tuple(_read_block(item) for item in fields.items("blocks", MAX_BLOCKS)),
         files=tuple(_read_file(item) for item in fields.items("files", MAX_FILES)),
+        layouts=tuple(_read_layouts(fields.items("layouts", MAX_FILES))),
         task=fields.text("task"),
     )
 
@@ -173,13 +202,47 @@ def _read_block(item: object) -> BlockEntry:
     for entry in fields.items("files", MAX_FILES):
         used = _Fields(entry, "file names")
         names = [_exactly(pair, str, str) for pair in used.items("names", MAX_FILES)]
+        if any(len(prefix) > MAX_TEXT for pair in names for prefix in pair):
+            raise ValueError("a prefix of tensors' names is too long")
         files.append(BlockFile(used.number("file"), tuple((first, second) for first, second in names)))
     return BlockEntry(cast(Kind, kind), None if layers is None else Span(*_exactly(layers, int, int)), tuple(files))
 
 
 def _read_file(item: object) -> FileEntry:
-    fields = _Fields(item, "name size v1 v2")
-    return FileEntry(fields.text("name"), fields.number("size"), fields.digest("v1", 20), fields.digest("v2", 32))
+    fields = _Fields(item, "layout name size v1 v2")
+    return FileEntry(
+        fields.text("name"),
+        fields.number("size"),
+        fields.digest("v1", 20),
+        fields.digest("v2", 32),
+        fields.number("layout"),
+    )
+
+
+def _read_layouts(items: list[Any]) -> Iterator[Layout]:
+    if not all(isinstance(item, list) for item in items):
+        raise TypeError("a layout is not a list of tensors")
+    if sum(map(len, items)) > MAX_TENSORS:
+        raise ValueError("its layouts have too many tensors")
+    for item in items:
+        specs = tuple(map(_read_tensor, item))
+        layout = canonical.layout(specs)
+        if layout.specs != specs:
+            raise ValueError("a layout's tensors are not in the canonical order")
+        yield layout
+
+
+def _read_tensor(item: object) -> TensorSpec:
+    name, dtype, shape = _exactly(item, str, str, list)
+    if not 1 <= len(name) <= MAX_TEXT:
+        raise ValueError("a tensor's name is empty or too long")
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"tensor {name!r:.80} has the unknown dtype {dtype!r:.20}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name!r:.80} has {len(shape)} dimensions")
+    if not all(type(extent) is int and 0 <= extent < 1 << 63 for extent in shape):
+        raise ValueError(f"the shape of tensor {name!r:.80} is out of range")
+    return TensorSpec(name, dtype, tuple(shape))
 
 
 def _check(manifest: Manifest) -> None:
@@ -202,6 +265,44 @@ def _check(manifest: Manifest) -> None:
     used = [used.file for block in manifest.blocks for used in block.files]
     if set(used) != set(range(len(manifest.files))):
         raise ValueError("its blocks and its list of files disagree")
+    _check_layouts(manifest)
+    _check_names(manifest)
+
+
+def _check_encoding(manifest: Manifest, data: bytes) -> None:
+    """A model has one encoding: no keys in another order, no numbers in longer forms."""
+    if manifest.to_bytes() != data:
+        raise ValueError("it is not written in the one canonical way")
+
+
+def _check_layouts(manifest: Manifest) -> None:
+    """Each layout is there once, in the order in which the files first use them, and makes files of the right size."""
+    sizes = [layout.size for layout in manifest.layouts]
+    due = 0
+    for file in manifest.files:
+        if file.layout >= len(sizes):
+            raise ValueError(f"a file has layout {file.layout}, and there are {len(sizes)}")
+        if file.layout > due:
+            raise ValueError("its layouts are not in the order of their first use")
+        if file.size != sizes[file.layout]:
+            raise ValueError(f"a file has {file.size} bytes where its layout makes {sizes[file.layout]}")
+        due = max(due, file.layout + 1)
+    if due < len(sizes):
+        raise ValueError(f"no file has layout {due}")
+    if len({layout.header for layout in manifest.layouts}) != len(sizes):
+        raise ValueError("a layout is listed twice")
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Every tensor of every block has one name of its own in the checkpoint, and there are not too many to list."""
+    total = 0
+    for number, block in enumerate(manifest.blocks):
+        total += sum(len(manifest.layouts[manifest.files[used.file].layout].tensors) for used in block.files)
+        if total > MAX_TENSORS:
+            raise ValueError("its blocks have too many tensors")
+        names = [spec.name for spec in manifest.block_tensors(number)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"{manifest.block_label(number)} has two tensors of one name")
 
 
 def _layers_covered(blocks: Sequence[BlockEntry]) -> int:
@@ -261,5 +362,5 @@ class _Fields:
 
 def _exactly(value: object, *kinds: type) -> list[Any]:
     if not isinstance(value, list) or [type(item) for item in value] != list(kinds):
-        raise TypeError("a pair is malformed")
+        raise TypeError("an entry of a list is malformed")
     return value

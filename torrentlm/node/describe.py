@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torrentlm.errors import ArtifactError
-from torrentlm.manifest.canonical import TensorSpec, read_canonical
-from torrentlm.manifest.manifest import BlockEntry, Manifest
+from torrentlm.manifest.manifest import Manifest
 from torrentlm.route.registry import Snapshot
 
 if TYPE_CHECKING:
@@ -32,16 +27,12 @@ def describe_model(membership: Membership) -> dict[str, Any]:
         "size": manifest.size,
         "peers_known": snapshot.known,
         "peers_answered": snapshot.answered,
-        "blocks": describe_blocks(manifest, snapshot, membership.files.on_this_machine()),
+        "blocks": describe_blocks(manifest, snapshot),
     }
 
 
-def describe_blocks(manifest: Manifest, snapshot: Snapshot, files_here: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """One object a block: its files and hashes, and which peers serve it or have it on disk.
-
-    ``tensors`` are its tensors under the checkpoint's names, or None unless all its files are among ``files_here``,
-    the complete files on this machine by name.
-    """
+def describe_blocks(manifest: Manifest, snapshot: Snapshot) -> list[dict[str, Any]]:
+    """One object a block: its files and hashes, which peers serve it or have it on disk, and its tensors."""
     blocks = []
     for number, entry in enumerate(manifest.blocks):
         files = manifest.block_files(number)
@@ -58,32 +49,10 @@ def describe_blocks(manifest: Manifest, snapshot: Snapshot, files_here: Mapping[
                 "v2": [file.v2.hex() for file in files],
                 "serving": serving,
                 "seeding": seeding,
-                "tensors": _describe_tensors(manifest, entry, files_here),
+                "tensors": [spec.described() for spec in manifest.block_tensors(number)],
             }
         )
     return blocks
-
-
-def _describe_tensors(manifest: Manifest, entry: BlockEntry, files_here: Mapping[str, Path]) -> list[Any] | None:
-    names = [manifest.files[part.file].name for part in entry.files]
-    if not all(name in files_here for name in names):
-        return None
-    try:
-        return [
-            {"name": part.full_name(spec.name), "dtype": spec.dtype, "shape": list(spec.shape)}
-            for part, name in zip(entry.files, names, strict=True)
-            for spec in _tensors_of(files_here[name])
-        ]
-    except (OSError, ArtifactError):
-        return None  # removed or damaged since
-
-
-@lru_cache(maxsize=4096)
-def _tensors_of(path: Path) -> tuple[TensorSpec, ...]:
-    """What a block file's header names: a few kilobytes, read once, as the content never changes under its name."""
-    with path.open("rb") as file:
-        layout = read_canonical(file, path.stat().st_size, path.name)
-    return tuple(placed.tensor for placed in layout.tensors)
 
 
 def describe_network(node: Node, membership: Membership) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from torrentlm.manifest.manifest import FileEntry, Manifest
 from torrentlm.node.parts import Parts, Say
 from torrentlm.node.peers import ModelPeers
 from torrentlm.records import Span, spans_of
-from torrentlm.swarm.store import complete_files
 from torrentlm.swarm.transfer import Transfer
 
 FEED_EVERY_S = 1.0
@@ -53,13 +52,6 @@ class BlockFiles:
         """Where the files of ``span`` lie, by name."""
         files = self._manifest.span_files(span.first, span.last)
         return {file.name: self._parts.store.path(file.name) for file in files}
-
-    def on_this_machine(self) -> dict[str, Path]:
-        """All complete block files, by name; for a client also those of the node in whose data folder it lives."""
-        store = self._parts.store
-        data = self._parts.config.data
-        beside = {} if data == store.data else complete_files(data)
-        return beside | {name: store.path(name) for name in store.held()}
 
     def seed_what_is_here(self) -> None:
         """Start the torrents of every complete file, fetched by an earlier session or published just now."""

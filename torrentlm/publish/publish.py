@@ -97,7 +97,7 @@ def _publish(recipe: Recipe, location: Location, store: Store, staging: Path, pr
     _require_space(store, sum(layout.size for layout in layouts))
     torrents = _write_blocks(source, planned, layouts, store, staging, progress)
     dtype = _main_dtype(placed.tensor for layout in layouts for placed in layout.tensors)
-    manifest = _manifest(recipe.name, model, dtype, planned, torrents)
+    manifest = _manifest(recipe.name, model, dtype, planned, layouts, torrents)
     distinct = tuple({torrent.name: torrent for torrent in torrents}.values())
     return _move_in(manifest, distinct, payload, store, staging, planned.left_out)
 
@@ -173,8 +173,19 @@ def _main_dtype(tensors: Iterable[TensorSpec]) -> str:
     return max(sizes, key=lambda dtype: (sizes[dtype], dtype))
 
 
-def _manifest(name: str, model: _Model, dtype: str, planned: Plan, torrents: Sequence[Torrent]) -> Manifest:
-    files = {torrent.name: FileEntry(torrent.name, torrent.size, torrent.v1, torrent.v2) for torrent in torrents}
+def _manifest(
+    name: str,
+    model: _Model,
+    dtype: str,
+    planned: Plan,
+    layouts: Sequence[canonical.Layout],
+    torrents: Sequence[Torrent],
+) -> Manifest:
+    files: dict[str, FileEntry] = {}
+    numbers: dict[canonical.Layout, int] = {}
+    for torrent, layout in zip(torrents, layouts, strict=True):
+        number = numbers.setdefault(layout, len(numbers))
+        files.setdefault(torrent.name, FileEntry(torrent.name, torrent.size, torrent.v1, torrent.v2, number))
     index_of = {file: index for index, file in enumerate(files)}  # equal layers are one file
     blocks = tuple(
         BlockEntry(
@@ -184,8 +195,16 @@ def _manifest(name: str, model: _Model, dtype: str, planned: Plan, torrents: Seq
         )
         for block in planned.blocks
     )
-    split = model.split
-    return Manifest(name, model.architecture, dtype, split.layer_stack, split.layers, blocks, tuple(files.values()))
+    return Manifest(
+        name,
+        model.architecture,
+        dtype,
+        model.split.layer_stack,
+        model.split.layers,
+        blocks,
+        tuple(files.values()),
+        tuple(numbers),
+    )
 
 
 def _move_in(

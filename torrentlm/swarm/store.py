@@ -231,12 +231,6 @@ def read_endpoint(data: Path) -> Endpoint | None:
         return None
 
 
-def complete_files(data: Path) -> dict[str, Path]:
-    """The complete block files of a data folder, by name. Only reads: works beside the node that has the folder."""
-    blocks = data / "blocks"
-    return {name: blocks / name for name, stamp in _read_verified(data).items() if _stamp(blocks / name) == stamp}
-
-
 def disk_full(needed: int, free: int, folder: Path) -> StorageError:
     return StorageError(
         f"disk full: block set needs {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free; "

@@ -1,9 +1,7 @@
-"""How long a node waits for a model, what it says meanwhile, and which block files this machine has."""
+"""How long a node waits for a model, and what it says meanwhile."""
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,11 +12,10 @@ import trio.testing
 from torrentlm.config import NodeConfig
 from torrentlm.errors import NetworkError, StorageError
 from torrentlm.node import membership
-from torrentlm.node.fetch import WAITING_EVERY_S, BlockFiles, say_waiting
+from torrentlm.node.fetch import WAITING_EVERY_S, say_waiting
 from torrentlm.node.membership import UNANSWERED_S, Membership
 from torrentlm.records import Endpoint
 from torrentlm.route.registry import Snapshot
-from torrentlm.swarm.store import Store
 
 
 def bare(**fields: Any) -> Membership:
@@ -89,15 +86,3 @@ def test_an_address_book_that_cannot_be_written_hides_no_error(monkeypatch: pyte
     with pytest.raises(ExceptionGroup) as caught:
         trio.run(made.run)
     assert caught.group_contains(NetworkError) and not caught.group_contains(StorageError)
-
-
-def test_a_client_sees_the_files_of_the_node_whose_folder_it_lives_in(tmp_path: Path) -> None:
-    content = b"x" * 100  # less than one leaf: its hash is the pieces root (BEP 52)
-    name = hashlib.sha256(content).hexdigest() + ".safetensors"
-    with Store(tmp_path) as node, Store(tmp_path / "clients" / "0") as client:
-        parts = cast(Any, SimpleNamespace(store=client, config=NodeConfig(data=tmp_path)))
-        files = BlockFiles(parts, cast(Any, None), cast(Any, None), tmp_path)
-        node.path(name).write_bytes(content)
-        assert files.on_this_machine() == {}
-        assert node.verify(name)
-        assert files.on_this_machine() == {name: node.path(name)}

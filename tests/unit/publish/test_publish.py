@@ -82,6 +82,16 @@ def test_what_lies_in_the_store(folder: Path, store: Store) -> None:
     assert AutoConfig.from_pretrained(published.folder).to_dict().items() >= config.items()
 
 
+def test_the_manifest_says_what_the_files_hold(tmp_path: Path, store: Store) -> None:
+    save_llama(tmp_path / "checkpoint", tied=True)
+    manifest = publish(Recipe("m", tmp_path / "checkpoint", layers_per_block=2), store).manifest
+    for entry in manifest.files:
+        with store.path(entry.name).open("rb") as file:
+            assert read_canonical(file, entry.size, entry.name) == manifest.layouts[entry.layout]
+    assert len(manifest.layouts) == 4  # the embedding, two layers, the last layer alone, the norm before the head
+    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+
+
 def test_a_layer_file_knows_nothing_of_its_model(folder: Path, store: Store) -> None:
     published = publish(Recipe("m", folder), store)
     block = published.manifest.blocks[3]
