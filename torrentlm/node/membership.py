@@ -19,7 +19,7 @@ from torrentlm.errors import ArtifactError, ConfigError, NetworkError, StorageEr
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import FILE_NAME, Manifest
 from torrentlm.node.fetch import BlockFiles, say_waiting
-from torrentlm.node.memory import WEIGHTS_SHARE, weights_budget
+from torrentlm.node.memory import WEIGHTS_SHARE, computing_dtype, weights_budget, weights_bytes
 from torrentlm.node.parts import Parts
 from torrentlm.node.peers import ModelPeers
 from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord, Span
@@ -154,33 +154,39 @@ class Membership:
     def _check_memory(self, wanted: Span) -> None:
         """A span that the operator names must fit the budget that the operator names; a guess of ours binds nobody."""
         config = self._parts.config
-        needed = sum(file.size for file in self.manifest.span_files(wanted.first, wanted.last))
+        dtype = computing_dtype(self.manifest, config)
+        in_memory = weights_bytes(self.manifest, dtype)
+        needed = sum(in_memory[file.name] for file in self.manifest.span_files(wanted.first, wanted.last))
         allowed = weights_budget(config)
         if config.ram is not None and needed > allowed:
             enough = ceil(needed / WEIGHTS_SHARE / 1e5) / 10
             raise ConfigError(
-                f"--blocks {wanted} needs {needed / 1e6:,.1f} MB for weights, but ram = {config.ram / 1e6:,.1f} MB "
-                f"leaves {allowed / 1e6:,.1f} MB for them: raise --ram to {enough:,.1f} MB "
+                f"--blocks {wanted} needs {needed / 1e6:,.1f} MB for weights in {dtype}, but ram = "
+                f"{config.ram / 1e6:,.1f} MB leaves {allowed / 1e6:,.1f} MB for them: raise --ram to {enough:,.1f} MB "
                 "or name fewer blocks"
             )
 
     def _choose_span(self) -> Span:
         store, config = self._parts.store, self._parts.config
+        dtype = computing_dtype(self.manifest, config)
         files = [self.manifest.block_files(block) for block in range(len(self.manifest.blocks))]
-        sizes = [sum(file.size for file in block) for block in files]
-        missing = [store.missing({file.name: file.size for file in block}) for block in files]
+        in_memory = weights_bytes(self.manifest, dtype)
+        sizes = [{file.name: in_memory[file.name] for file in block} for block in files]
+        missing = [{file.name: store.missing({file.name: file.size}) for file in block} for block in files]
         budget, room = weights_budget(config), store.room(config.disk)
         span = choose_span(sizes, copies(self.snapshot(), len(sizes)), budget, missing=missing, room=room)
         if span is not None:
             return span
-        if min(sizes) > budget:
+        smallest = min(sum(block.values()) for block in sizes)
+        if smallest > budget:
             raise ConfigError(
                 f"the memory budget of {budget / 1e6:.0f} MB for weights does not hold even one block; "
-                f"the smallest needs {min(sizes) / 1e6:.0f} MB: raise --ram"
+                f"the smallest needs {smallest / 1e6:.0f} MB in {dtype}: raise --ram"
             )
+        smallest = min(sum(block.values()) for block in missing)
         raise StorageError(
             f"the {max(0, room) / 1e6:,.1f} MB left of the disk or of its budget do not hold even one more block; the "
-            f"smallest needs {min(missing) / 1e6:,.1f} MB: raise --disk or free some space"
+            f"smallest needs {smallest / 1e6:,.1f} MB: raise --disk or free some space"
         )
 
     async def _settle(self) -> None:

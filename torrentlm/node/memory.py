@@ -1,14 +1,17 @@
-"""How much memory a node may use, from its settings and the machine.
+"""How much memory a node may use, from its settings and the machine, and how much blocks take.
 
 The budget ``vram`` is for an accelerator's memory; blocks are computed on the processor, and it decides nothing here.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 from torrentlm.config import NodeConfig
+from torrentlm.manifest.canonical import DTYPE_BYTES, FLOATING, TensorSpec
+from torrentlm.manifest.manifest import Manifest
 
 WEIGHTS_SHARE = 0.75
 """Of the memory budget; the rest is for KV-caches."""
@@ -33,6 +36,25 @@ def budget(config: NodeConfig) -> int:
 
 def weights_budget(config: NodeConfig) -> int:
     return int(budget(config) * WEIGHTS_SHARE)
+
+
+def computing_dtype(manifest: Manifest, config: NodeConfig) -> str:
+    """Safetensors' name of what this node computes the model in."""
+    return manifest.dtype if config.precision == "auto" else config.precision
+
+
+def weights_bytes(manifest: Manifest, dtype: str) -> dict[str, int]:
+    """What each file takes in memory when ``dtype`` is computed in, in bytes, by the file's name.
+
+    Weights that need no conversion are mapped, not copied. They count all the same: every step reads all of them, so
+    their pages have to stay.
+    """
+    in_memory = [sum(_bytes_as(spec, dtype) for spec in layout.specs) for layout in manifest.layouts]
+    return {file.name: in_memory[file.layout] for file in manifest.files}
+
+
+def _bytes_as(spec: TensorSpec, dtype: str) -> int:
+    return math.prod(spec.shape) * DTYPE_BYTES[dtype if spec.dtype in FLOATING else spec.dtype]
 
 
 def kv_budget(config: NodeConfig) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from torrentlm.records import Span
 from torrentlm.route.registry import Snapshot
@@ -17,8 +18,33 @@ def copies(snapshot: Snapshot, blocks: int) -> list[int]:
     return counts
 
 
+Files = Mapping[str, int]
+"""A block's files: bytes by name. One that several blocks name is there once."""
+
+
+class _Total:
+    """The bytes of the files of some blocks, each file counted once."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._users: Counter[str] = Counter()
+
+    def add(self, files: Files) -> None:
+        self.bytes += sum(size for name, size in files.items() if not self._users[name])
+        self._users.update(files.keys())
+
+    def remove(self, files: Files) -> None:
+        self._users.subtract(files.keys())
+        self.bytes -= sum(size for name, size in files.items() if not self._users[name])
+
+
 def choose_span(
-    sizes: Sequence[int], copies: Sequence[int], budget: int, *, missing: Sequence[int] | None = None, room: int = 0
+    sizes: Sequence[Files],
+    copies: Sequence[int],
+    budget: int,
+    *,
+    missing: Sequence[Files] | None = None,
+    room: int = 0,
 ) -> Span | None:
     """The span within ``budget`` bytes that the swarm lacks most; None if not even one block fits.
 
@@ -26,16 +52,17 @@ def choose_span(
     blocks. Ties go to the longer span, then to the one further to the front. ``missing`` are the bytes of each block
     that are not on the disk yet, if the span is to fit into ``room`` bytes there too.
     """
-    absent = [0] * len(sizes) if missing is None else missing
+    absent = [{}] * len(sizes) if missing is None else missing
     best: tuple[float, int, int] | None = None
     choice: Span | None = None
-    first = total = fetched = 0
+    first = 0
+    total, fetched = _Total(), _Total()
     for last, size in enumerate(sizes):
-        total += size
-        fetched += absent[last]
-        while first <= last and (total > budget or fetched > max(0, room)):
-            total -= sizes[first]
-            fetched -= absent[first]
+        total.add(size)
+        fetched.add(absent[last])
+        while first <= last and (total.bytes > budget or fetched.bytes > max(0, room)):
+            total.remove(sizes[first])
+            fetched.remove(absent[first])
             first += 1
         if first > last:
             continue

@@ -10,17 +10,22 @@ from torrentlm.records import Span
 from torrentlm.route.assign import choose_span, copies
 
 
+def apart(*sizes: int) -> list[dict[str, int]]:
+    """Blocks of these sizes that share no file."""
+    return [{str(block): size} for block, size in enumerate(sizes)]
+
+
 def test_an_empty_swarm_is_filled_from_the_front():
-    assert choose_span([10] * 6, [0] * 6, 30) == Span(0, 2)
+    assert choose_span(apart(*[10] * 6), [0] * 6, 30) == Span(0, 2)
 
 
 def test_the_first_copy_of_anything_comes_before_a_second_copy():
-    assert choose_span([10] * 6, [1, 1, 0, 0, 1, 1], 20) == Span(2, 3)
-    assert choose_span([10] * 6, [3, 1, 1, 1, 2, 0], 10) == Span(5, 5)
+    assert choose_span(apart(*[10] * 6), [1, 1, 0, 0, 1, 1], 20) == Span(2, 3)
+    assert choose_span(apart(*[10] * 6), [3, 1, 1, 1, 2, 0], 10) == Span(5, 5)
 
 
 def test_three_that_join_one_after_the_other_cover_everything():
-    sizes, counts = [10] * 9, [0] * 9
+    sizes, counts = apart(*[10] * 9), [0] * 9
     taken = []
     for _ in range(3):
         span = choose_span(sizes, counts, 30)
@@ -32,23 +37,36 @@ def test_three_that_join_one_after_the_other_cover_everything():
 
 
 def test_nothing_fits():
-    assert choose_span([10, 20], [0, 0], 9) is None
-    assert choose_span([100, 8, 100], [5, 9, 0], 9) == Span(1, 1)
+    assert choose_span(apart(10, 20), [0, 0], 9) is None
+    assert choose_span(apart(100, 8, 100), [5, 9, 0], 9) == Span(1, 1)
 
 
 def test_the_disk_limits_only_what_is_to_be_fetched():
-    assert choose_span([10] * 6, [0] * 6, 60, missing=[10] * 6, room=20) == Span(0, 1)
-    assert choose_span([10] * 6, [0] * 6, 30, missing=[10, 10, 10, 0, 0, 10], room=10) == Span(2, 4)
-    assert choose_span([10] * 6, [0] * 6, 60, missing=[0] * 6, room=-5) == Span(0, 5)
-    assert choose_span([10] * 2, [0] * 2, 60, missing=[10] * 2, room=9) is None
+    assert choose_span(apart(*[10] * 6), [0] * 6, 60, missing=apart(*[10] * 6), room=20) == Span(0, 1)
+    assert choose_span(apart(*[10] * 6), [0] * 6, 30, missing=apart(10, 10, 10, 0, 0, 10), room=10) == Span(2, 4)
+    assert choose_span(apart(*[10] * 6), [0] * 6, 60, missing=apart(*[0] * 6), room=-5) == Span(0, 5)
+    assert choose_span(apart(10, 10), [0] * 2, 60, missing=apart(10, 10), room=9) is None
+
+
+def test_a_shared_file_counts_once():
+    tied = [{"embed": 40}, {"0": 10}, {"1": 10}, {"norm": 1, "embed": 40}]
+    assert choose_span(tied, [0] * 4, 61) == Span(0, 3)
+    assert choose_span(tied, [0] * 4, 60) == Span(0, 2)
+    assert choose_span(tied, [1, 0, 0, 0], 61) == Span(0, 3)
+    assert choose_span(tied, [0] * 4, 1000, missing=tied, room=61) == Span(0, 3)
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 4)), min_size=1, max_size=12),
+    st.lists(
+        st.tuples(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 50), min_size=1), st.integers(0, 4)),
+        min_size=1,
+        max_size=12,
+    ),
     st.integers(0, 300),
 )
 def test_no_affordable_span_is_worth_more(blocks, budget):
-    sizes, counts = [size for size, _ in blocks], [count for _, count in blocks]
+    bytes_of = {name: size for files, _ in blocks for name, size in files.items()}
+    sizes, counts = [{name: bytes_of[name] for name in files} for files, _ in blocks], [count for _, count in blocks]
 
     def worth(span: Span) -> float:
         return sum(1 / (1 + counts[block]) ** 2 for block in span)
@@ -57,7 +75,7 @@ def test_no_affordable_span_is_worth_more(blocks, budget):
         Span(first, last)
         for first in range(len(blocks))
         for last in range(first, len(blocks))
-        if sum(sizes[first : last + 1]) <= budget
+        if sum(bytes_of[name] for name in set().union(*sizes[first : last + 1])) <= budget
     ]
     chosen = choose_span(sizes, counts, budget)
     if not affordable:
