@@ -27,8 +27,7 @@ MAX_RUNNERS = 8
 
 
 class HeldModel:
-    """``paths`` are the complete block files by name; ``precision`` is "auto" (the published one) or a safetensors
-    dtype.
+    """``paths`` are the complete block files by name; ``precision`` is the safetensors dtype to compute in.
 
     The constructor loads the whole span. Blocks; run it in a thread. Raises ArtifactError, UnsupportedModelError.
     """
@@ -46,7 +45,7 @@ class HeldModel:
         self.id = id
         self.manifest = manifest
         self.span = span
-        self.precision = manifest.dtype if precision == "auto" else precision
+        self.precision = precision
         self.device = torch.device(device)
         self._folder = folder
         self._paths = dict(paths)

@@ -21,7 +21,7 @@ from torrentlm.records import Span
 
 VERSION = 1
 FILE_NAME = "manifest.msgpack"
-MAX_BYTES = 16 * 1024 * 1024
+MAX_BYTES = 4 * 1024 * 1024
 MAX_BLOCKS = 16_384
 MAX_FILES = 65_536
 MAX_TENSORS = 262_144  # of all layouts, and of all blocks, where a tensor counts for every block that has it

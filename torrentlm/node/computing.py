@@ -15,7 +15,7 @@ from torrentlm.config import NodeConfig
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.service import Holder, Outbox
 from torrentlm.node.membership import Membership
-from torrentlm.node.memory import kv_budget
+from torrentlm.node.memory import computing_dtype, kv_budget
 from torrentlm.records import NodeKey, Span
 
 MAX_DEVICE_NAME = 40
@@ -29,7 +29,7 @@ class Computing:
         self.holder = Holder(
             key, outbox, self.device, kv_budget=kv_budget(config), max_lease=config.lease, changed=changed
         )
-        self._precision = config.precision
+        self._config = config
 
     async def load(self, membership: Membership, span: Span) -> None:
         """Load blocks whose files are here, serve them, and tell everybody.
@@ -43,7 +43,7 @@ class Computing:
             membership.folder,
             membership.files.paths(span),
             span,
-            self._precision,
+            computing_dtype(membership.manifest, self._config),
             self.device.torch_device,
         )
         # What was loaded stays: the collector need not walk through it again and again between tokens.

@@ -26,11 +26,12 @@ from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord, Span
 from torrentlm.route.assign import choose_span, copies
 from torrentlm.route.registry import Snapshot
 from torrentlm.structured import single_error
-from torrentlm.swarm.addresses import resolve
+from torrentlm.swarm.addresses import is_address, resolve
 from torrentlm.swarm.discovery import Source
 from torrentlm.swarm.transfer import Transfer
 
 FEED_EVERY_S = 0.5
+RESOLVE_EVERY_S = 120.0
 SETTLE_S = 5.0
 """How long an automatic choice of blocks waits for the records of the peers that are known."""
 UNANSWERED_S = 120.0
@@ -78,9 +79,11 @@ class Membership:
                     self._parts.store.save_peers(reachable)
 
     async def _learn_named(self, endpoints: Sequence[Endpoint], source: Source) -> None:
-        """Addresses are tried at once; looking a name up takes seconds."""
+        """Addresses are tried at once; names are looked up, and again and again, since they may move."""
         self.peers.learn(endpoints, source)
-        self.peers.learn(await resolve(endpoints), source)
+        while not all(is_address(endpoint.host) for endpoint in endpoints):
+            self.peers.learn(await resolve(endpoints), source)
+            await trio.sleep(RESOLVE_EVERY_S)
 
     async def obtain(self, timeout: float) -> None:
         """Get the model torrent (manifest, tokenizer, block torrents) from whoever has it, or from disk.

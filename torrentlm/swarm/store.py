@@ -105,13 +105,15 @@ class Store:
         """Remember the first ``MAX_PEERS`` of ``peers`` for the next start."""
         path = self.data / "peers.json"
         with _storage_errors(path):
-            _write_atomically(path, json.dumps([str(peer) for peer in list(peers)[:MAX_PEERS]], indent=0))
+            _write_atomically(
+                path, json.dumps([str(peer) for peer in list(peers)[:MAX_PEERS]], indent=0), durable=False
+            )
 
     def save_endpoint(self, endpoint: Endpoint) -> None:
         """Say where this node listens, for clients of the same machine."""
         path = self.data / "endpoint"
         with _storage_errors(path):
-            _write_atomically(path, f"{endpoint}\n")
+            _write_atomically(path, f"{endpoint}\n", durable=False)
 
     # -- block files
 
@@ -220,7 +222,7 @@ class Store:
     def _save_verified(self) -> None:
         path = self.data / "verified.json"
         with _storage_errors(path):
-            _write_atomically(path, json.dumps(self._verified, indent=0, sort_keys=True))
+            _write_atomically(path, json.dumps(self._verified, indent=0, sort_keys=True), durable=False)
 
 
 def read_endpoint(data: Path) -> Endpoint | None:
@@ -285,15 +287,19 @@ def _lock(data: Path) -> IO[bytes]:
     return handle
 
 
-def _write_atomically(path: Path, content: str | bytes, mode: int = 0o644) -> None:
-    """All or nothing, even if the process dies half-way; the mode holds from the first byte on."""
+def _write_atomically(path: Path, content: str | bytes, mode: int = 0o644, *, durable: bool = True) -> None:
+    """All or nothing, even if the process dies half-way; the mode holds from the first byte on.
+
+    ``durable``: even if the power fails. What only saves work need not wait for the disk.
+    """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:  # noqa: PTH123
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     temporary.replace(path)
 
 

@@ -135,7 +135,9 @@ async def open_chain(
             node = NodeKey(bytes([index + 1]) * 32)
             holder = Holder(node, chain.outbox(node), device, kv_budget=kv_budget)
             holder.hold(
-                HeldModel(published.magnet.v2, published.manifest, published.folder, paths, span, "auto")  # type: ignore[arg-type]
+                HeldModel(
+                    published.magnet.v2, published.manifest, published.folder, paths, span, published.manifest.dtype
+                )  # type: ignore[arg-type]
             )
             chain.holders[node] = holder
             chain.hops.append(Hop(node, Endpoint("127.0.0.1", 1000 + index), span))
