@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import torrentlm
+from tests.e2e.processes import Seed
 from tests.swarm.smollm2 import SPANS, Reference, Swarm, load_reference, three_holders
+from torrentlm.client.options import How
 from torrentlm.compute.sampling import Sampler
 from torrentlm.records import Sampling
 
@@ -110,6 +113,19 @@ def test_a_seed_gives_the_same_text_again_and_another_seed_another(model: torren
         return model.last.tokens
 
     assert draw(1) == draw(1) != draw(2)
+
+
+def test_a_seed_gives_the_same_text_on_another_route(model: torrentlm.Model, swarm: Swarm, tmp_path: Path) -> None:
+    how: How = {"max_new_tokens": 24, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 7}
+    text = model.generate(PROMPTS[0], **how)
+    assert model.last is not None
+    assert [f"{hop.first}-{hop.last}" for hop in model.last.route] == list(SPANS)
+    with Seed(swarm.magnet, tmp_path / "all", "--blocks", "0-31") as alone:
+        magnet = alone.wait_for("ready")["magnet"]
+        with torrentlm.connect(magnet, data=tmp_path / "client", port=0, dht_bootstrap=["none"]) as other:
+            assert other.generate(PROMPTS[0], **how) == text
+            assert other.last is not None
+            assert [(hop.first, hop.last) for hop in other.last.route] == [(0, 31)]
 
 
 def test_steps_of_mixed_sizes_none_among_them(model: torrentlm.Model, reference: Reference) -> None:
