@@ -7,6 +7,7 @@ back, reorder rows.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -53,6 +54,7 @@ IN_FLIGHT = 4
 OUTPUT_BYTES = 32 << 20
 """Most bytes of logits asked for at once."""
 LOGIT_BYTES = 4
+FLOATS = ("F16", "BF16", "F32", "F64")
 """Tokens per step of a long prompt: the holders work on different chunks of it at the same time."""
 CLOSE_TIMEOUT_S = 1.0
 
@@ -236,8 +238,12 @@ class RemoteSession:
             rest = await self._prefill(rows, start)
             chunk = ids_tensor([row[rest:] for row in rows])
             await self._send(0, self._step(start + rest, Want.SAMPLE, chunk, emit_from=end - 1))
-            while True:
+            for index in itertools.count():
                 token = await self._await_token(epoch)
+                # What a holder says is not believed: it could stream for ever, or move the session's end.
+                due = (index, end + index, self.batch)
+                if (token.index, token.position, len(token.tokens)) != due or index >= max_new_tokens:
+                    raise RemoteProtocolError(f"{self._labels[-1]} sent a token that was not due")
                 self.length = token.position
                 if token.finish is not None:
                     self._running = False
@@ -255,8 +261,6 @@ class RemoteSession:
             while True:
                 message = await self._next()
                 if isinstance(message, Token) and message.epoch == epoch:
-                    if len(message.tokens) != self.batch:
-                        raise RemoteProtocolError(f"{self._labels[-1]} sent {len(message.tokens)} rows of tokens")
                     return message
         raise HolderLostError(f"no token came for {SILENCE_LIMIT_S:.0f} s: ask again")
 
@@ -337,8 +341,9 @@ class RemoteSession:
             chunk = ids_tensor([row[offset : offset + size] for row in rows])
             await self._send(0, self._step(start + offset, want, chunk, reorder=None if offset else picked))
             tensors = await self._await_output(start + offset)
-            if len(tensors) != 1:
-                raise RemoteProtocolError(f"{self._labels[-1]} sent {len(tensors)} tensors as logits")
+            wide = min(size, count - offset) if want == Want.LOGITS_ALL else min(1, count)
+            if [(tensor.dtype in FLOATS, tensor.shape[:-1]) for tensor in tensors] != [(True, (self.batch, wide))]:
+                raise RemoteProtocolError(f"{self._labels[-1]} sent something else than logits")
             logits += tensors
         self.length = start + count
         self._stepping = False

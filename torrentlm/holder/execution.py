@@ -65,7 +65,18 @@ class Execution:
         return self.span.last == self._model.last_block
 
     def order(self, order: Generate) -> None:
-        """What to sample in an epoch. The device may still be busy with an older one, so a few are kept."""
+        """What to sample in an epoch. The device may still be busy with an older one, so a few are kept.
+
+        Raises RefusedError for a history that is longer than the session, or no ids.
+        """
+        history = order.history
+        if history is not None and not (
+            history.dtype == "I32"
+            and len(history.shape) == 2
+            and history.shape[0] == self._batch
+            and history.shape[1] <= self._max_length
+        ):
+            raise RefusedError("the history for the repetition penalty does not fit this session", "bad_request")
         self._orders[order.epoch] = order
         for epoch in sorted(self._orders)[:-MAX_ORDERS]:
             del self._orders[epoch]

@@ -143,8 +143,7 @@ class Holder:
             case Step():
                 await self._step(sender, message)
             case Generate() if live := self._of_client(sender, message.session):
-                live.execution.order(message)
-                live.wake()
+                await self._order(live, message)
             case Halt():
                 await self._halt(sender, message)
             case Renew():
@@ -159,6 +158,13 @@ class Holder:
                 await self._next_failed(sender, message)
             case _:
                 pass
+
+    async def _order(self, live: _Live, order: Generate) -> None:
+        try:
+            live.execution.order(order)
+        except RefusedError as error:
+            await self._fail(live, order.epoch, *explain(error))
+        live.wake()
 
     async def _next_failed(self, sender: NodeKey, message: Fail) -> None:
         """The next holder refused a step (it answers to whoever sent it): only the client can act on that."""

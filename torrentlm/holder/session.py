@@ -72,6 +72,8 @@ class Session:
             raise RefusedError("this peer may not send steps to this session", "bad_request")
         if self.is_stale(epoch):
             return False
+        if epoch > self.epoch and self.span.first == 0 and sender != self.client:
+            raise RefusedError("only the client begins another epoch", "bad_request")
         if epoch == self.epoch and position < self.position:
             return False  # a step that arrived twice
         if position > self.position:

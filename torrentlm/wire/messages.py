@@ -224,7 +224,7 @@ class Step:
 class Token:
     """The head's holder to the client: the tokens of one position, a row each, and in the last one why it stops.
 
-    ``index`` counts the tokens of this Generate from 0. ``tokens`` is empty if it ends without one more.
+    ``index`` counts the tokens of this Generate from 0.
     """
 
     session: Session

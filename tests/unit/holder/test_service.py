@@ -24,7 +24,7 @@ from torrentlm.publish.published import Published
 from torrentlm.records import Sampling, SessionId, Span, Stop
 from torrentlm.structured import single_error
 from torrentlm.wire.ids import extent_of, ids_tensor
-from torrentlm.wire.messages import Close, Fail, Halt, Step, Token, Want
+from torrentlm.wire.messages import Close, Fail, Generate, Halt, Step, Token, Want
 from torrentlm.wire.tensors import Tensor
 
 THIRDS = [Span(0, 2), Span(3, 4), Span(5, 7)]
@@ -249,6 +249,20 @@ def test_a_flood_of_steps_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch
             with pytest.raises(RefusedError, match="too much input waits") as refused:
                 await session.step([PROMPT])
             assert refused.value.code == "busy"
+
+    run(tiny, body)
+
+
+@pytest.mark.parametrize(("dtype", "size", "shape"), [("I32", 4, (1, 129)), ("F32", 4, (1, 9)), ("I32", 4, (2, 9))])
+def test_a_history_that_does_not_fit_is_refused(tiny: Tiny, dtype: str, size: int, shape: tuple[int, int]) -> None:
+    history = Tensor(dtype, shape, bytes(size * shape[0] * shape[1]))
+
+    async def body(chain: Chain) -> None:
+        async with session_on(chain, tiny.id) as session:
+            order = Generate(session._handles[-1], 1, 5, 5, history=history)
+            await chain.carry(CLIENT, chain.hops[-1].node, order)
+            with pytest.raises(RefusedError, match="does not fit this session"):
+                await session.step([PROMPT])
 
     run(tiny, body)
 
