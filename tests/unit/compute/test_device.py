@@ -90,3 +90,25 @@ def test_the_environment_is_set_before_torch_reads_it() -> None:
 def test_too_late_is_said() -> None:
     with pytest.raises(LocalProtocolError):
         prepare_environment()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system ties no thread to a core")
+def test_compute_threads_have_a_core_each_and_other_threads_all() -> None:
+    code = (
+        "import os, threading; from torrentlm.compute.threads import first_import, prepare_environment\n"
+        "prepare_environment()\n"
+        "with first_import(): import torch\n"
+        "every = os.sched_getaffinity(0)\n"
+        "def cores():\n"
+        "    return [os.sched_getaffinity(int(thread)) for thread in os.listdir('/proc/self/task')]\n"
+        "def compute():\n"
+        "    torch.ones(1 << 22).sum(); tied.extend(own for own in cores() if own != every)\n"
+        "tied = []; thread = threading.Thread(target=compute); thread.start(); thread.join()\n"
+        "print(len(every), torch.get_num_threads(), sorted(map(len, tied)) , len(set().union(*tied)))"
+    )
+    cpus = os.sched_getaffinity(0)
+    cores = available_cores()
+    tied = len(cpus) > 1  # on a single one there is nothing to choose
+    siblings = len(cpus) // cores
+    expected = f"{len(cpus)} {cores} {[siblings] * cores if tied else []} {len(cpus) if tied else 0}"
+    assert in_a_fresh_process(code) == expected
