@@ -1,0 +1,172 @@
+"""One row: a family's tiny model, whole and in three parts, and what was found when the two were compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+from parts import Chain, thirds
+from transformers import PretrainedConfig, PreTrainedModel
+from whole import (
+    CHUNKS,
+    IDS,
+    LONG,
+    MASK,
+    PADS,
+    PAIR,
+    TOKENS,
+    Decoded,
+    Unbuildable,
+    build,
+    close,
+    decode,
+    in_chunks,
+    said,
+    whole_logits,
+)
+
+from torrentlm.compute.span import SpanRunner
+from torrentlm.errors import TorrentLMError, UnsupportedModelError
+from torrentlm.wire.messages import Want
+
+Outcome = Literal["exact", "refused", "wrong", "unbuildable"]
+OUTCOMES: tuple[Outcome, ...] = ("exact", "refused", "wrong", "unbuildable")
+
+
+@dataclass
+class Row:
+    """``checks``: what was compared, each with "exact" or what differed."""
+
+    kind: str
+    name: str
+    model: str
+    outcome: Outcome
+    reason: str = ""
+    checks: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def check(kind: str, name: str, model_class: str, folder: Path, whole_runs: Callable[[], None]) -> Row:
+    """Build, cut, run and compare one family; ``whole_runs`` is called when what follows is the splitter's doing."""
+    row = Row(kind, name, model_class, "exact")
+    try:
+        model = build(kind, name, folder)
+        if kind != "masked":
+            decode(model, IDS)
+    except Unbuildable as error:
+        row.outcome, row.reason = "unbuildable", str(error)
+        return row
+    except Exception as error:  # any model's own code runs here
+        row.outcome, row.reason = "unbuildable", f"generate: {said(error)}"
+        return row
+    whole_runs()
+    try:
+        runners = thirds(model, folder)
+    except UnsupportedModelError as error:
+        row.outcome, row.reason = "refused", str(error)
+        return row
+    except Exception as error:
+        row.outcome, row.reason = "wrong", f"cutting: {said(error)}"
+        return row
+    for what, difference in _differences(kind, model, runners):
+        row.checks[what] = difference or "exact"
+        if difference:
+            row.outcome = "wrong"
+    row.reason = "; ".join(f"{what}: {found}" for what, found in row.checks.items() if found != "exact")
+    return row
+
+
+def _differences(kind: str, model: PreTrainedModel, runners: list[SpanRunner]) -> Iterator[tuple[str, str]]:
+    """(what was compared, what differed or "")."""
+    checks = _masked_checks(kind, model, runners) if kind == "masked" else _causal_checks(model, runners)
+    for what, compare in checks:
+        try:
+            yield what, compare()
+        except TorrentLMError as error:
+            yield what, f"failed: {error}"
+        except Exception as error:  # any model's own code runs here
+            yield what, f"failed: {said(error)}"
+
+
+Check = tuple[str, Callable[[], str]]
+
+
+def _masked_checks(kind: str, model: PreTrainedModel, runners: list[SpanRunner]) -> Iterator[Check]:
+    def prefill() -> str:
+        return _bits(Chain(runners).step(IDS, Want.LOGITS_ALL), whole_logits(kind, model, IDS))
+
+    def padded() -> str:
+        ours = Chain(runners, 2, PADS).step(PAIR, Want.LOGITS_ALL)
+        theirs = whole_logits(kind, model, PAIR, MASK)
+        real = MASK.bool()
+        return _bits(ours[real], theirs[real])
+
+    def window() -> str:
+        return _bits(Chain(runners).step(LONG, Want.LOGITS_ALL), whole_logits(kind, model, LONG))
+
+    yield "prefill", prefill
+    yield "padded", padded
+    if has_window(model.config):
+        yield "window", window
+
+
+def _causal_checks(model: PreTrainedModel, runners: list[SpanRunner]) -> Iterator[Check]:
+    def prefill() -> str:
+        return _bits(Chain(runners).step(IDS), decode(model, IDS, 1).logits)
+
+    def greedy() -> str:
+        return _same(Chain(runners).decode(IDS, TOKENS), decode(model, IDS))
+
+    def padded() -> str:
+        return _same(Chain(runners, 2, PADS).decode(PAIR, TOKENS), decode(model, PAIR, mask=MASK))
+
+    def window() -> str:
+        ours = Chain(runners).decode(LONG, TOKENS)
+        theirs = decode(model, LONG)
+        return _bits(ours.logits[:, :1], theirs.logits[:, :1]) or _same(ours, theirs)
+
+    yield "prefill", prefill
+    yield "greedy", greedy
+    yield "padded", padded
+    if has_window(model.config):
+        yield "window", window
+    in_parts = in_chunks(model, LONG)
+    if in_parts is not None and close(in_parts, decode(model, LONG, 1).logits):
+        yield "chunked", partial(_chunked, runners, in_parts)
+
+
+def _chunked(runners: list[SpanRunner], theirs: torch.Tensor) -> str:
+    chain = Chain(runners)
+    ours = [chain.step(LONG[:, start:stop]) for start, stop in pairwise((0, *CHUNKS))][-1]
+    return "" if close(ours, theirs) else _distance(ours, theirs)
+
+
+def has_window(config: PretrainedConfig) -> bool:
+    """Whether some attention of this config sees only the latest tokens."""
+    text = config.get_text_config()
+    return any("window" in name and isinstance(value, int) and value > 1 for name, value in text.to_dict().items())
+
+
+def _bits(ours: torch.Tensor, theirs: torch.Tensor) -> str:
+    return "" if torch.equal(ours, theirs) else _distance(ours, theirs)
+
+
+def _same(ours: Decoded, theirs: Decoded) -> str:
+    """Equal tokens, picked from logits that differ in no more than rounding."""
+    if not torch.equal(ours.tokens, theirs.tokens):
+        first = int((ours.tokens != theirs.tokens).any(dim=0).nonzero()[0])
+        return (
+            f"another token at step {first}; logits there {_distance(ours.logits[:, first], theirs.logits[:, first])}"
+        )
+    return "" if close(ours.logits, theirs.logits) else f"same tokens, logits {_distance(ours.logits, theirs.logits)}"
+
+
+def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> str:
+    if ours.shape != theirs.shape:
+        return f"have shape {list(ours.shape)} instead of {list(theirs.shape)}"
+    return f"differ by {float((ours - theirs).abs().max()):.2g} of {float(theirs.abs().max()):.2g}"

@@ -1,0 +1,69 @@
+"""The rows as people read them: a table on the terminal, and docs/families.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from check import OUTCOMES, Row
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+COLOURS = {"exact": "green", "refused": "yellow", "wrong": "bold red", "unbuildable": "dim"}
+KINDS = {"causal": "Causal language models", "masked": "Masked language models", "seq2seq": "Encoder-decoders"}
+
+HEAD = """\
+# Families
+
+What becomes of every class that transformers maps for language modelling. `tools/families --write` makes this page: it
+builds a tiny random model of each, cuts it into three, and compares the parts with the whole (logits of the prompt to
+the bit in fp32, {tokens} greedy tokens, a padded batch, a prompt longer than the sliding window, a prompt in chunks;
+masked models: logits only).
+
+torch {torch}, transformers {transformers}.
+
+| outcome | rows | meaning |
+| --- | --- | --- |
+"""
+MEANING = {
+    "exact": "nothing differed",
+    "refused": "the splitter says that it cannot, and why",
+    "wrong": "it was split and differed, or broke: a bug",
+    "unbuildable": "transformers does not build or run the tiny model by itself",
+}
+
+
+def counts(rows: Sequence[Row]) -> dict[str, int]:
+    """How many rows ended in which way."""
+    found = Counter(row.outcome for row in rows)
+    return {name: found[name] for name in OUTCOMES}
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print a table; the counts last."""
+    console = Console()
+    table = Table("name", "class", "outcome", "reason", box=None)
+    for row in rows:
+        colour = COLOURS[row.outcome]
+        table.add_row(row.name, row.model, f"[{colour}]{row.outcome}[/]", escape(row.reason))
+    console.print(table)
+    console.print(", ".join(f"{name} {count}" for name, count in counts(rows).items()))
+
+
+def page(rows: Sequence[Row]) -> str:
+    """docs/families.md."""
+    versions = {name: version(name).partition("+")[0] for name in ("torch", "transformers")}
+    lines = [HEAD.format(tokens=24, **versions).rstrip("\n")]
+    lines += [f"| {name} | {count} | {MEANING[name]} |" for name, count in counts(rows).items()]
+    for kind, title in KINDS.items():
+        lines += ["", f"## {title}", "", "| name | class | outcome | reason |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {row.name} | {row.model} | {row.outcome} | {_cell(row.reason)} |" for row in rows if row.kind == kind
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
