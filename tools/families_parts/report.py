@@ -18,9 +18,9 @@ HEAD = """\
 # Families
 
 What becomes of every class that transformers maps for language modelling. `tools/families --write` makes this page: it
-builds a tiny random model of each, cuts it into three, and compares the parts with the whole (logits of the prompt to
-the bit in fp32, {tokens} greedy tokens, a padded batch, a prompt longer than the sliding window, a prompt in chunks;
-masked models: logits only).
+builds a tiny random model of each, cuts it into three, and compares the parts with the whole in fp32: the logits behind
+a prompt to the bit, {tokens} greedy tokens, a left-padded batch of two, a prompt longer than the sliding window where
+there is one, a prompt in chunks where the model itself can do that. Of masked models only logits are compared.
 
 torch {torch}, transformers {transformers}.
 
