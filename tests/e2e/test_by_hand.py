@@ -18,6 +18,7 @@ import pytest
 
 from tests.e2e import checkpoint
 from tests.e2e.processes import Seed, run
+from torrentlm.cli.demo import find_recipe
 from torrentlm.manifest.magnet import Magnet
 
 BLOCKS = checkpoint.LAYERS + 2
@@ -191,6 +192,19 @@ def test_ctrl_c_while_it_starts(world: World, tmp_path: Path):
             time.sleep(wait)
             assert seed.end(signal.SIGINT) == 130
             assert "Traceback" not in seed.errors
+
+
+def test_ctrl_c_breaks_publishing_off(tmp_path: Path):
+    with Seed(str(find_recipe()), tmp_path / "p", "--blocks", "none") as seed:
+        while not (event := seed.wait_for("progress"))["done"]:
+            pass
+        assert event["what"].startswith("publishing") and event["done"] < event["total"] / 2
+        assert seed.end(signal.SIGINT) == 130
+        assert "Traceback" not in seed.errors
+    events = list(iter(seed.events.get, None))
+    assert len(events) < 10
+    assert "published" not in {event["event"] for event in events}
+    assert not list((tmp_path / "p" / "models").iterdir())
 
 
 def test_a_publisher_writes_nothing_beside_its_data(world: World, tmp_path: Path):

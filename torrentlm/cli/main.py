@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from typing import NoReturn
+import threading
+from typing import Any, NoReturn
 
 
 def main() -> NoReturn:
     """Entry point of the installed command."""
+    sys.unraisablehook = _again
     try:
         from torrentlm.cli.parent import end_with_parent
 
@@ -19,3 +23,11 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)
+
+
+def _again(report: Any) -> None:
+    """Python drops a KeyboardInterrupt that meets one of its own callbacks, such as an import's: deliver it again."""
+    if report.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(report)

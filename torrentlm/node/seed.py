@@ -52,7 +52,8 @@ def reachable_endpoint(node: Node) -> Endpoint:
 async def _publish(node: Node, recipe: Recipe, say: Say) -> Magnet:
     def progress(done: int, total: int, what: str) -> None:
         event = {"event": "progress", "what": f"publishing {what}", "done": done, "total": total}
-        trio.from_thread.run_sync(say, event)  # also where a cancelled publishing ends
+        trio.from_thread.check_cancelled()  # where a cancelled publishing ends
+        trio.from_thread.run_sync(say, event)
 
     published = await trio.to_thread.run_sync(_publish_in_thread, recipe, node.parts.store, progress)
     name, magnet = published.manifest.name, str(published.magnet)

@@ -133,3 +133,21 @@ def test_a_reader_that_goes_away_is_no_error():
         os.close(write)
     assert found.stderr == b""
     assert found.returncode == 1
+
+
+def test_an_interrupt_that_python_drops_comes_again() -> None:
+    code = """
+import time, torrentlm.cli.main
+from torrentlm.cli import commands
+class Dropped:
+    def __del__(self):
+        raise KeyboardInterrupt
+def run():
+    Dropped()
+    time.sleep(20)
+    return 0
+commands.run = run
+torrentlm.cli.main.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
