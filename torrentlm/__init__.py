@@ -2,7 +2,7 @@
 
     >>> import torrentlm
     >>> with torrentlm.connect("magnet:?…") as model:
-    ...     for text in model.generate("Why is the sky blue?", max_new_tokens=64, stream=True):
+    ...     for text in model.generate("Why is the sky blue?", chat=True, max_new_tokens=64, stream=True):
     ...         print(text, end="", flush=True)
 
 The names below are the public interface; everything else may change.

@@ -2,7 +2,7 @@
 
 >>> import torrentlm
 >>> with torrentlm.connect("magnet:?…") as model:
-...     for text in model.generate("Why is the sky blue?", max_new_tokens=64, stream=True):
+...     for text in model.generate("Why is the sky blue?", chat=True, max_new_tokens=64, stream=True):
 ...         print(text, end="", flush=True)
 """
 
@@ -22,6 +22,7 @@ from torrentlm.client.generation import GenerationResult, RouteHop
 from torrentlm.client.model import ChatSession, StepSession
 from torrentlm.client.options import How, options_of, text_of
 from torrentlm.config import Settings, load
+from torrentlm.errors import LocalProtocolError
 from torrentlm.node.client import SwarmClient, open_client
 from torrentlm.node.seed import seed
 from torrentlm.portal import Portal
@@ -130,7 +131,7 @@ class Model(_Closing):
 
     def chat(self, *, system: str | None = None) -> Chat:
         """A conversation with history. Use it in a ``with``, or call its ``close``."""
-        return Chat(self, self._portal, self._client.model.chat(system))
+        return Chat(self, self._portal, self._client.model.chat(None if system is None else text_of(system)))
 
     def session(self, *, batch: int = 1, max_length: int = 512, pads: Sequence[int] | None = None) -> Session:
         """Stepping mode: full control, see :class:`Session`. ValueError for sizes that no session has."""
@@ -160,6 +161,7 @@ class Chat(_Closing):
         self._model = model
         self._portal = portal
         self._session = session
+        self._closed = False
 
     @property
     def system(self) -> str | None:
@@ -167,7 +169,7 @@ class Chat(_Closing):
 
     @system.setter
     def system(self, text: str | None) -> None:
-        self._session.context.system = text
+        self._session.context.system = None if text is None else text_of(text)
 
     @property
     def history(self) -> list[dict[str, str]]:
@@ -176,6 +178,8 @@ class Chat(_Closing):
 
     def send(self, text: str, **options: Unpack[How]) -> Iterator[str]:
         """Answer ``text`` in pieces. Leaving the iterator early stops the answer; what came stays in the history."""
+        if self._closed:
+            raise LocalProtocolError("this chat is closed: open another")
         said, asked = text_of(text), options_of(options)
 
         async def work(emit: Hear) -> None:
@@ -189,6 +193,7 @@ class Chat(_Closing):
 
     def close(self) -> None:
         """Free what the holders keep for it."""
+        self._closed = True
         self._portal.run(self._session.close)
 
 
@@ -219,11 +224,9 @@ class Session(_Closing):
         ``last_only``.
 
         A ``position`` below :attr:`length` first rolls the session back to it; ``reorder`` first lets row i go on
-        from row ``reorder[i]``. Raises ValueError for ids that are none, RefusedError (code "max_length" when the
-        session is full), NoHolderError, HolderLostError.
+        from row ``reorder[i]``. Raises ValueError or TypeError for what cannot be meant, RefusedError (code
+        "max_length" when the session is full), NoHolderError, HolderLostError.
         """
-        if not ids or len({len(row) for row in ids}) > 1 or not all(0 <= token < 2**31 for row in ids for token in row):
-            raise ValueError("ids are equally long rows of token ids, one row for each of the batch; pad on the left")
         want = Want.LOGITS_LAST if last_only else Want.LOGITS_ALL
         from torrentlm.compute.border import unpack  # torch, which only this call needs
 

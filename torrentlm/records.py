@@ -115,6 +115,8 @@ RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {
     "seed": (0, 2**64 - 1),
 }
 """Lowest and highest value of what a generation is asked with; whole numbers for those that are."""
+MAX_STOPS = 16
+MAX_STOP_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)

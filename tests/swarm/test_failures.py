@@ -93,6 +93,42 @@ def test_a_corrupt_block_file_is_found_and_fetched_again(published: Published, t
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
+def test_a_block_file_with_something_behind_its_end_is_mended(published: Published, tmp_path: Path) -> None:
+    with Seed(published.magnet, tmp_path / "holder", "--blocks", "0-5") as holder:
+        holder.wait_for("ready")
+        assert holder.end() == 0
+    for path in (tmp_path / "holder" / "blocks").iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content + b"behind the end")
+    with Seed(published.magnet, tmp_path / "holder", "--blocks", "0-5") as holder:
+        holder.wait_for("ready")
+    assert path.read_bytes() == content
+
+
+def test_what_no_holder_would_take_does_not_end_a_session(published: Published, tmp_path: Path) -> None:
+    with Seed(published.magnet, tmp_path / "holder", "--blocks", "0-5") as holder:
+        magnet = holder.wait_for("ready")["magnet"]
+        with connect(magnet, tmp_path / "client") as model:
+            session = model.session(max_length=16)
+            session.step([[5, 6]])
+            for ids, how in (
+                ([[10**6]], {}),
+                ([[-1]], {}),
+                ([[5], [6]], {}),
+                ([[5]], {"position": 3}),
+                ([[5]], {"reorder": [1]}),
+            ):
+                with pytest.raises(ValueError, match=r"id|row|position"):
+                    session.step(ids, **how)  # type: ignore[arg-type]
+            with pytest.raises(TypeError):
+                session.step([[1.5]])  # type: ignore[list-item]
+            assert session.step([[7]]).shape[1] == 1
+            assert session.length == 3
+            session.close()
+            with pytest.raises(torrentlm.TorrentLMError, match="this session is closed"):
+                session.step([[5]])
+
+
 def test_a_full_disk(published: Published, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()

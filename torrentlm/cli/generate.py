@@ -11,6 +11,7 @@ import click
 from torrentlm.cli import text
 from torrentlm.cli.engine import Patience, prepare, waiting
 from torrentlm.cli.options import SAMPLING, client_options, model_argument, sampling_options, settings_of
+from torrentlm.records import MAX_STOP_BYTES, MAX_STOPS
 
 MAX_PROMPT = 4 << 20
 """Bytes read from standard input; more than any context holds."""
@@ -30,6 +31,8 @@ def command(model: str, prompt: str, chat: bool, stop: tuple[str, ...], as_json:
     """Continue a prompt with MODEL and print what comes, as it comes."""
     settings = settings_of(model, options, client=True)
     stop = tuple(text.checked(end, "--stop") for end in stop)
+    if not all(0 < len(end.encode()) <= MAX_STOP_BYTES for end in stop) or len(stop) > MAX_STOPS:
+        raise click.BadParameter(f"up to {MAX_STOPS} texts of 1 to {MAX_STOP_BYTES} bytes", param_hint="--stop")
     if prompt == "-":
         prompt = text.read(lambda: sys.stdin.read(MAX_PROMPT), "Standard input")
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from math import isnan
 from typing import Any, TypeVar
 
 import click
@@ -83,7 +84,17 @@ def _range(name: str) -> click.IntRange | click.FloatRange:
     lowest, highest = RANGES[name]
     if isinstance(lowest, int) and isinstance(highest, int):
         return click.IntRange(lowest, highest)
-    return click.FloatRange(lowest, highest)
+    return _Real(lowest, highest)
+
+
+class _Real(click.FloatRange):
+    """A number in a range; what is no number (nan) is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if isnan(number):
+            self.fail(f"{value} is not a number.", param, ctx)
+        return number
 
 
 def settings_of(model: str, options: Mapping[str, object], *, client: bool = False) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torrentlm.client.chat import ChatContext, chat_ids
 from torrentlm.client.generation import GenerationResult, Options, RouteHop, generate
 from torrentlm.client.route_finder import ROUTE_TIMEOUT_S, Directory, find_route
 from torrentlm.client.session import Links, RemoteSession, open_session
-from torrentlm.errors import HolderLostError, NetworkError, RefusedError
+from torrentlm.errors import HolderLostError, LocalProtocolError, NetworkError, RefusedError
 from torrentlm.records import Stop
 from torrentlm.route.plan import Hop
 from torrentlm.wire.messages import Want
@@ -52,7 +53,7 @@ class ModelClient:
         self._tokenizer = tokenizer
         self._nursery = nursery
         self._max_length = max_length
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._stop_tokens = tuple(stop_tokens)
         self._waiting = waiting
 
@@ -76,7 +77,7 @@ class ModelClient:
                     [self._label(hop) for hop in hops],
                     batch=batch,
                     max_length=max_length,
-                    vocabulary=self._vocabulary,
+                    vocabulary=self.vocabulary,
                     pads=pads,
                     blame=self._directory.blame,
                 )
@@ -176,6 +177,7 @@ class StepSession:
         self._max_length = max_length
         self._pads = pads
         self._session: RemoteSession | None = None
+        self._closed = False
 
     @property
     def length(self) -> int:
@@ -185,12 +187,30 @@ class StepSession:
     async def step(
         self, rows: Sequence[Sequence[int]], position: int | None, want: Want, reorder: Sequence[int] | None
     ) -> Tensor:
-        """See RemoteSession.step."""
+        """See RemoteSession.step. Raises ValueError or TypeError for what no holder would take."""
+        if self._closed:
+            raise LocalProtocolError("this session is closed: open another")
+        self._check(rows, position, reorder)
         if self._session is None:
             self._session = await self._client.open(batch=self._batch, max_length=self._max_length, pads=self._pads)
         return await self._session.step(rows, position=position, want=want, reorder=reorder)
 
+    def _check(self, rows: Sequence[Sequence[int]], position: int | None, reorder: Sequence[int] | None) -> None:
+        """Here, since a holder ends the session over it."""
+        vocabulary = self._client.vocabulary
+        if len(rows) != self._batch or len({len(row) for row in rows}) > 1:
+            raise ValueError(f"ids are {self._batch} rows of equal length, one for each of the batch: pad on the left")
+        if not all(0 <= operator.index(token) < vocabulary for row in rows for token in row):
+            raise ValueError(f"a token id is a whole number from 0 up and below {vocabulary}")
+        if position is not None and not 0 <= operator.index(position) <= self.length:
+            raise ValueError(f"position is from 0 to {self.length}, the tokens that are cached")
+        if reorder is not None and (
+            len(reorder) != self._batch or not all(0 <= operator.index(row) < self._batch for row in reorder)
+        ):
+            raise ValueError(f"reorder names a row, from 0 up and below {self._batch}, for each of the batch")
+
     async def close(self) -> None:
+        self._closed = True
         if self._session is not None:
             session, self._session = self._session, None
             await session.close()

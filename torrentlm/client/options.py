@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import TypedDict
 
 from torrentlm.client.generation import Options
-from torrentlm.records import RANGES, Sampling, Stop
+from torrentlm.records import MAX_STOP_BYTES, MAX_STOPS, RANGES, Sampling, Stop
 
 
 class How(TypedDict, total=False):
@@ -25,10 +25,6 @@ class How(TypedDict, total=False):
     repetition_penalty: float
     seed: int
     stop: str | Sequence[str]
-
-
-MAX_STOPS = 16
-MAX_STOP_BYTES = 256
 
 
 def options_of(how: How) -> Options:

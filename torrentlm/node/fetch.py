@@ -114,6 +114,7 @@ class BlockFiles:
         )
 
     async def _fetch_file(self, file: FileEntry) -> None:
+        self._parts.store.cut(file.name, file.size)
         if (running := self._transfers.get(file.name)) is not None:
             await running.recheck()  # it seeds what was thought complete
         transfer = running or self._start(file, verified=False)

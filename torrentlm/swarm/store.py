@@ -161,6 +161,13 @@ class Store:
         with _storage_errors(path):
             return path.is_file() and pieces_root(path).hex() == name.partition(".")[0]
 
+    def cut(self, name: str, size: int) -> None:
+        """Cut off what lies behind the end of a file that shall have ``size`` bytes: no piece covers that."""
+        path = self.path(name)
+        with _storage_errors(path):
+            if path.is_file() and path.stat().st_size > size:
+                os.truncate(path, size)
+
     def missing(self, files: Mapping[str, int]) -> int:
         """Bytes of these block files (name: size) that are not on the disk yet."""
         return sum(max(0, size - _allocated(self.path(name))) for name, size in files.items() if not self.holds(name))
