@@ -52,7 +52,8 @@ def _checked(name: str, value: object) -> int | float:
     if not isinstance(value, types) or isinstance(value, bool):
         raise TypeError(f"{name} is {kind}, not {type(value).__name__}")
     if not math.isfinite(value) or not lowest <= value <= highest:
-        raise ValueError(f"{name} is {kind} from {lowest:g} to {highest:g}, not {value}")
+        limits = f"{lowest} to {highest}" if isinstance(lowest, int) else f"{lowest:g} to {highest:g}"
+        raise ValueError(f"{name} is {kind} from {limits}, not {value}")
     return value
 
 
