@@ -103,7 +103,9 @@ def contents(recording: bytearray) -> tuple[int, int]:
 
 
 def step(number: int) -> Step:
-    return Step(SessionId(bytes(16)), 0, number, 0, Want.NONE, None, (Tensor("F32", (1, 1, 2048), os.urandom(8192)),))
+    return Step(
+        SessionId(bytes(16)), 0, number, 0, Want.NONE, None, (Tensor("F32", (1, 1, 2048), os.urandom(8192)),), 1
+    )
 
 
 async def talk(near: Pipe, far: Pipe, count: int) -> None:

@@ -30,7 +30,9 @@ from whole import (
     whole_logits,
 )
 
+from torrentlm.compute.inputs import Encoded
 from torrentlm.compute.span import SpanRunner
+from torrentlm.compute.split import Hints
 from torrentlm.errors import TorrentLMError, UnsupportedModelError
 from torrentlm.wire.messages import Want
 
@@ -66,14 +68,14 @@ def check(kind: str, name: str, model_class: str, folder: Path, whole_runs: Call
         return row
     whole_runs()
     try:
-        runners = thirds(model, folder)
+        sides = thirds(model, folder, Hints(encoder=kind == "masked"))
     except UnsupportedModelError as error:
         row.outcome, row.reason = "refused", str(error)
         return row
     except Exception as error:
         row.outcome, row.reason = "wrong", f"cutting: {said(error)}"
         return row
-    for what, difference in _differences(kind, model, runners):
+    for what, difference in _differences(kind, model, sides):
         row.checks[what] = difference or "exact"
         if difference:
             row.outcome = "wrong"
@@ -81,9 +83,14 @@ def check(kind: str, name: str, model_class: str, folder: Path, whole_runs: Call
     return row
 
 
-def _differences(kind: str, model: PreTrainedModel, runners: list[SpanRunner]) -> Iterator[tuple[str, str]]:
+def _differences(kind: str, model: PreTrainedModel, sides: list[list[SpanRunner]]) -> Iterator[tuple[str, str]]:
     """(what was compared, what differed or "")."""
-    checks = _masked_checks(kind, model, runners) if kind == "masked" else _causal_checks(model, runners)
+    if len(sides) > 1:
+        checks = _seq2seq_checks(kind, model, *sides)
+    elif kind == "masked":
+        checks = _masked_checks(kind, model, sides[0])
+    else:
+        checks = _causal_checks(model, sides[0])
     for what, compare in checks:
         try:
             yield what, compare()
@@ -103,13 +110,46 @@ def _masked_checks(kind: str, model: PreTrainedModel, runners: list[SpanRunner])
     def padded() -> str:
         ours = Chain(runners, 2, PADS).step(PAIR, Want.LOGITS_ALL)
         theirs = whole_logits(kind, model, PAIR, MASK)
-        real = MASK.bool()
+        real = MASK.bool() if ours.shape[1] == MASK.shape[1] else torch.ones(ours.shape[:2], dtype=torch.bool)
         return _bits(ours[real], theirs[real])
 
     def window() -> str:
         return _bits(Chain(runners).step(LONG, Want.LOGITS_ALL), whole_logits(kind, model, LONG))
 
     yield "prefill", prefill
+    yield "padded", padded
+    if has_window(model.config):
+        yield "window", window
+
+
+def _seq2seq_checks(
+    kind: str, model: PreTrainedModel, encoder: list[SpanRunner], decoder: list[SpanRunner]
+) -> Iterator[Check]:
+    start = model.generation_config.decoder_start_token_id
+
+    def decoding(ids: torch.Tensor, pads: tuple[int, ...] = ()) -> Chain:
+        states = Chain(encoder, len(ids), pads).step(ids, Want.LOGITS_ALL)
+        steps = torch.arange(ids.shape[1])[None]
+        mask = (steps >= torch.tensor(pads or (0,) * len(ids))[:, None]).long()
+        return Chain(decoder, len(ids), (), Encoded(states, mask))
+
+    def begin(rows: int) -> torch.Tensor:
+        return torch.full((rows, 1), start)
+
+    def prefill() -> str:
+        return _bits(decoding(IDS).step(begin(1)), decode(model, IDS, 1).logits)
+
+    def greedy() -> str:
+        return _same(decoding(IDS).decode(begin(1), TOKENS), decode(model, IDS))
+
+    def padded() -> str:
+        return _same(decoding(PAIR, PADS).decode(begin(2), TOKENS), decode(model, PAIR, mask=MASK))
+
+    def window() -> str:
+        return _same(decoding(LONG).decode(begin(1), TOKENS), decode(model, LONG))
+
+    yield "prefill", prefill
+    yield "greedy", greedy
     yield "padded", padded
     if has_window(model.config):
         yield "window", window

@@ -96,7 +96,7 @@ def _saved(kind: str, model: PreTrainedModel, config: PretrainedConfig, folder: 
 def _prepared(kind: str, config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config, with the largest random weights under which its logits stay finite."""
     model = AUTO[kind].from_config(config, dtype=torch.float32).eval()
-    if kind != "masked":
+    if model.can_generate():
         for name in NOT_GENERIC:
             setattr(model.generation_config, name, None)
         if model.generation_config.decoder_start_token_id is None:

@@ -15,6 +15,7 @@ from torrentlm.client.generation import GenerationResult, Options, RouteHop, gen
 from torrentlm.client.route_finder import ROUTE_TIMEOUT_S, Directory, find_route
 from torrentlm.client.session import Links, RemoteSession, open_session
 from torrentlm.errors import HolderLostError, LocalProtocolError, NetworkError, RefusedError
+from torrentlm.manifest.manifest import Manifest
 from torrentlm.records import Stop
 from torrentlm.route.plan import Hop
 from torrentlm.wire.messages import Want
@@ -58,15 +59,35 @@ class ModelClient:
         self._waiting = waiting
 
     async def route(self, timeout: float = ROUTE_TIMEOUT_S) -> tuple[RouteHop, ...]:
-        """The route that a session opened now would take. Raises NoHolderError."""
-        hops = await find_route(self._directory, timeout=timeout, waiting=self._waiting)
-        return tuple(RouteHop(str(hop.endpoint), hop.span.first, hop.span.last) for hop in hops)
+        """The route that a session opened now would take, of an encoder-decoder through both. Raises NoHolderError."""
+        found: list[RouteHop] = []
+        for side in range(len(self.manifest.sides)):
+            hops = await find_route(self._directory, side, timeout=timeout, waiting=self._waiting)
+            found += (RouteHop(str(hop.endpoint), hop.span.first, hop.span.last) for hop in hops)
+        return tuple(found)
 
-    async def open(self, *, batch: int = 1, max_length: int, pads: tuple[int, ...] | None = None) -> RemoteSession:
-        """A session on the best route. Raises NoHolderError, RefusedError, HolderLostError, NetworkError."""
+    @property
+    def manifest(self) -> Manifest:
+        return self._directory.manifest
+
+    async def open(
+        self,
+        *,
+        batch: int = 1,
+        max_length: int,
+        pads: tuple[int, ...] | None = None,
+        side: int = -1,
+        encoded: tuple[Tensor, ...] = (),
+    ) -> RemoteSession:
+        """A session on the best route through one side of the model, by default the one that generates.
+
+        Raises NoHolderError, RefusedError, HolderLostError, NetworkError.
+        """
         attempts = OPEN_ATTEMPTS
+        side %= len(self.manifest.sides)
+        whole = not self.manifest.sides[side].chunks or self.manifest.blocks[-1].rewind == "replay"
         while True:
-            hops = await find_route(self._directory, waiting=self._waiting)
+            hops = await find_route(self._directory, side, waiting=self._waiting)
             attempts -= 1
             try:
                 return await open_session(
@@ -78,7 +99,9 @@ class ModelClient:
                     batch=batch,
                     max_length=max_length,
                     vocabulary=self.vocabulary,
+                    whole=whole,
                     pads=pads,
+                    encoded=encoded,
                     blame=self._directory.blame,
                 )
             except RefusedError as error:

@@ -29,9 +29,13 @@ class Directory(Protocol):
 
 
 async def find_route(
-    directory: Directory, *, timeout: float = ROUTE_TIMEOUT_S, waiting: Callable[[str], None] = lambda text: None
+    directory: Directory,
+    side: int = 0,
+    *,
+    timeout: float = ROUTE_TIMEOUT_S,
+    waiting: Callable[[str], None] = lambda text: None,
 ) -> tuple[Hop, ...]:
-    """The best route as soon as there is one.
+    """The best route through one side of the model as soon as there is one.
 
     Raises NoHolderError, naming the first block that nobody serves, after ``timeout`` seconds; ``waiting`` hears that
     sentence whenever it changes before.
@@ -41,7 +45,7 @@ async def find_route(
     deadline = trio.current_time() + timeout
     while True:
         snapshot = directory.snapshot()
-        route = plan_route(snapshot, len(manifest.blocks))
+        route = plan_route(snapshot, manifest.side_blocks(side))
         if not isinstance(route, Missing):
             return route
         sentence = missing_sentence(manifest, route, snapshot)

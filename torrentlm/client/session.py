@@ -29,6 +29,7 @@ from torrentlm.route.plan import Hop
 from torrentlm.wire.ids import ids_tensor
 from torrentlm.wire.messages import (
     Close,
+    Encoded,
     Fail,
     Generate,
     Halt,
@@ -89,13 +90,21 @@ class RemoteSession:
     """Made by :func:`open_session`. ``length`` is the number of tokens per row that every holder surely has cached."""
 
     def __init__(
-        self, links: Links, hops: Sequence[Hop], labels: Sequence[str], batch: int, max_length: int, vocabulary: int
+        self,
+        links: Links,
+        hops: Sequence[Hop],
+        labels: Sequence[str],
+        batch: int,
+        max_length: int,
+        vocabulary: int,
+        whole: bool,
     ) -> None:
         self.hops = tuple(hops)
         self.batch = batch
         self.max_length = max_length
         self.length = 0
         self._vocabulary = vocabulary
+        self._chunk = max_length if whole else PREFILL_CHUNK
         self._links = links
         self._labels = tuple(labels)
         self._handles = tuple(SessionId(secrets.token_bytes(16)) for _ in hops)
@@ -121,7 +130,7 @@ class RemoteSession:
     def _head(self) -> tuple[NodeKey, SessionId]:
         return self.hops[-1].node, self._handles[-1]
 
-    def _open_message(self, index: int, model: bytes, pads: tuple[int, ...]) -> Open:
+    def _open_message(self, index: int, model: bytes, pads: tuple[int, ...], source: int) -> Open:
         following = (index + 1) % len(self.hops)
         hop, after = self.hops[index], self.hops[following]
         return Open(
@@ -136,21 +145,26 @@ class RemoteSession:
             max_length=self.max_length,
             lease_ms=int(LEASE_S * 1000),
             pads=pads,
+            source=source,
         )
 
-    async def _open(self, model: bytes, pads: tuple[int, ...]) -> None:
+    async def _open(self, model: bytes, pads: tuple[int, ...], encoded: tuple[Tensor, ...]) -> None:
         waiting = dict.fromkeys(self._handles)
         with trio.move_on_after(OPEN_TIMEOUT_S):
             for index, hop in enumerate(self.hops):
                 self.culprit = hop.node
                 await self._links.connect(NextHop(hop.node, hop.endpoint.host, hop.endpoint.port, self._handles[index]))
-                await self._send(index, self._open_message(index, model, pads))
+                source = encoded[1].shape[1] if encoded else 0
+                await self._send(index, self._open_message(index, model, pads, source))
             while waiting:
                 self.culprit = self.hops[self._handles.index(next(iter(waiting)))].node
                 message = await self._next()
                 if isinstance(message, Opened):
                     waiting.pop(message.session, None)
                     self._lease_s = min(self._lease_s, message.lease_ms / 1000)
+            for index, handle in enumerate(self._handles if encoded else ()):
+                self.culprit = self.hops[index].node
+                await self._send(index, Encoded(handle, encoded))
             self.culprit = None
             return
         label = next(label for hop, label in zip(self.hops, self._labels, strict=True) if hop.node == self.culprit)
@@ -288,16 +302,17 @@ class RemoteSession:
             want=want,
             reorder=reorder,
             tensors=(tensor,),
+            tokens=tensor.shape[1],
         )
 
     async def _prefill(self, rows: Sequence[Sequence[int]], start: int, reorder: tuple[int, ...] | None = None) -> int:
         """Feed all but the last chunk of ``rows``, a few at a time; returns where that one begins."""
-        last = max(len(rows[0]) - 1, 0) // PREFILL_CHUNK * PREFILL_CHUNK
+        last = max(len(rows[0]) - 1, 0) // self._chunk * self._chunk
         in_flight: deque[int] = deque()
-        for offset in range(0, last, PREFILL_CHUNK):
+        for offset in range(0, last, self._chunk):
             if len(in_flight) == max(IN_FLIGHT, len(self.hops) + 1):
                 await self._await_output(in_flight.popleft())
-            chunk = ids_tensor([row[offset : offset + PREFILL_CHUNK] for row in rows])
+            chunk = ids_tensor([row[offset : offset + self._chunk] for row in rows])
             await self._send(0, self._step(start + offset, Want.NONE, chunk, reorder=None if offset else reorder))
             in_flight.append(start + offset)
         return last
@@ -331,10 +346,10 @@ class RemoteSession:
         self._stepping = True
         picked = tuple(reorder) if reorder is not None else None
         count = len(rows[0])
-        first, size = 0, PREFILL_CHUNK
-        if want == Want.LOGITS_ALL:
+        first, size = 0, self._chunk
+        if want == Want.LOGITS_ALL and size == PREFILL_CHUNK:
             size = min(size, max(1, OUTPUT_BYTES // (LOGIT_BYTES * self._vocabulary * self.batch)))
-        else:
+        elif want != Want.LOGITS_ALL:
             first = await self._prefill(rows, start, picked)
         logits: list[Tensor] = []
         for offset in range(first, max(count, first + 1), size):
@@ -375,18 +390,21 @@ async def open_session(
     batch: int = 1,
     max_length: int,
     vocabulary: int,
+    whole: bool = False,
     pads: tuple[int, ...] | None = None,
+    encoded: tuple[Tensor, ...] = (),
     blame: Callable[[NodeKey], None] = lambda node: None,
 ) -> RemoteSession:
     """Open a session on every holder of ``hops``; the caller closes it. ``nursery`` runs its watchers until then.
 
-    ``labels`` name the holders in messages to a person; ``vocabulary`` is the width of logits; ``blame`` hears which
-    holder it was that an opening failed at.
+    ``labels`` name the holders in messages to a person; ``vocabulary`` is the width of logits; ``whole``: a prompt may not
+    come in parts; ``encoded``: what an encoder made, for a decoder; ``blame`` hears which holder it was that an opening
+    failed at.
     Raises RefusedError, HolderLostError, NetworkError.
     """
-    session = RemoteSession(links, hops, labels, batch, max_length, vocabulary)
+    session = RemoteSession(links, hops, labels, batch, max_length, vocabulary, whole)
     try:
-        await session._open(model, pads or (0,) * batch)
+        await session._open(model, pads or (0,) * batch, encoded)
     except BaseException as error:
         await session.close()
         if isinstance(error, TorrentLMError) and session.culprit is not None:

@@ -1,8 +1,6 @@
-"""Borders: what one layer call returns and the next holder needs, as plain values that travel.
+"""Borders: what travels from one span to the next, as tensors in an order that every holder works out for itself.
 
-A border is a tree (tuples, lists, dicts, constants) with tensors at some leaves. ``flatten`` takes it apart into
-the tensors and a tree of plain values, ``rebuild`` puts it together again; ``to_wire`` and ``from_wire`` turn it into
-what a message carries and back.
+``to_wire`` and ``from_wire`` turn them into what a message carries and back; nothing but tensors ever travels.
 """
 
 from __future__ import annotations
@@ -10,13 +8,14 @@ from __future__ import annotations
 import math
 import mmap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from torrentlm.errors import RemoteProtocolError, UnsupportedModelError
+from torrentlm.compute.sizes import Point, Size
+from torrentlm.compute.values import Place
+from torrentlm.errors import RemoteProtocolError
 from torrentlm.wire.tensors import Tensor
 
 DTYPES: dict[str, torch.dtype] = {
@@ -33,152 +32,105 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-TENSOR, TUPLE, LIST, DICT, CONSTANT = 0, 1, 2, 3, 4
-BATCH, TOKENS = -1, -2
-"""Stand for the batch size and the number of tokens of a step among the sizes of a BorderShape."""
-
-MAX_DEPTH = 8
 ALIGNMENT = 64  # bytes; torch's own allocations on the CPU
 
-Place = tuple[int | str, ...]
-"""Where a tensor hangs in nested tuples, lists and dicts: the indices and keys from the top down."""
+
+ABSENT = torch.empty(0, dtype=torch.uint8)
+"""Travels where a model passes None this time: a mask that masks nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """Tensor ``index`` of what layer call ``call`` returns."""
+
+    call: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What the stem makes from the token ids for an argument of a layer call, and for other calls if they get the same:
+    named after the first call that gets it, and the argument's place.
+    """
+
+    call: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """The token ids themselves, where a later part of the model reads them."""
+
+
+Slot = Returned | Carried | TokenIds
+"""What one tensor of a border is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Border:
-    """What a layer call returned: its tensors in order, and the tree they hang in (``None``: one bare tensor)."""
+    """The tensors of a border, in the order of its ``BorderShape.slots``."""
 
     tensors: tuple[torch.Tensor, ...]
-    tree: Any = None
-
-    @classmethod
-    def of(cls, value: Any) -> Border:
-        """The border that a layer call's return value makes."""
-        tensors, tree = flatten(value)
-        return cls(tuple(tensors), tree)
-
-    @property
-    def value(self) -> Any:
-        """The return value again; only for a tree of our own or one that ``BorderShape.check`` has accepted."""
-        return rebuild(self.tensors, self.tree)
 
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """float [batch, n, vocabulary]: of the last position, of all, or (after a step of no tokens) of none."""
+    """float [batch, n, vocabulary]: of the last position, of all, or (after a step of no tokens) of none. Where a model
+    has no output projection, the last hidden states instead.
+    """
 
     logits: torch.Tensor
 
 
-@dataclass(frozen=True)
-class BorderShape:
-    """What a border looks like: tree, shapes, dtypes (where a floating point dtype stands for any such)."""
+@dataclass(frozen=True, slots=True)
+class TensorShape:
+    """A tensor at every size of step. A floating point dtype stands for any such, another for any without a point: a mask
+    may be made of either."""
 
-    tree: Any
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...] = field(default=())
+    sizes: tuple[Size, ...]
+    dtype: torch.dtype
 
-    @classmethod
-    def between(
-        cls, small: BorderShape, sizes: tuple[int, int], large: BorderShape, larger: tuple[int, int]
-    ) -> BorderShape:
-        """One shape for all sizes, from what was seen at two: ``sizes`` and ``larger`` are (batch, tokens)."""
-        if small.tree != large.tree or small.dtypes != large.dtypes or len(small.shapes) != len(large.shapes):
-            raise UnsupportedModelError("What the layers return changes its structure with the number of tokens.")
-        axes = {(a, b): name for a, b, name in zip(sizes, larger, (BATCH, TOKENS), strict=True)}
-        shapes = []
-        for one, other in zip(small.shapes, large.shapes, strict=True):
-            if len(one) != len(other):
-                raise UnsupportedModelError("What the layers return changes its structure with the number of tokens.")
-            shape = []
-            for a, b in zip(one, other, strict=True):
-                if a != b and (a, b) not in axes:
-                    raise UnsupportedModelError("What the layers return grows by another rule than batch and tokens.")
-                shape.append(a if a == b else axes[a, b])
-            shapes.append(tuple(shape))
-        if not any(TOKENS in shape for shape in shapes):
-            raise UnsupportedModelError("What the layers return does not grow with the number of tokens.")
-        return cls(small.tree, tuple(shapes), small.dtypes)
+    def at(self, point: Point) -> tuple[int | None, ...]:
+        """The shape at known sizes; None where it follows no rule."""
+        return tuple(size.at(point) for size in self.sizes)
 
-    def at(self, batch: int, tokens: int) -> BorderShape:
-        """The shape with all sizes known: a step of ``tokens`` new tokens in each of ``batch`` rows."""
-        known = {BATCH: batch, TOKENS: tokens}
-        shapes = tuple(tuple(known.get(size, size) for size in shape) for shape in self.shapes)
-        return BorderShape(self.tree, shapes, self.dtypes)
-
-    def tokens_of(self, border: Border) -> int:
-        """How many new tokens per row a peer's border is for; RemoteProtocolError if it cannot be told."""
-        for tensor, shape in zip(border.tensors, self.shapes, strict=False):
-            if TOKENS in shape and tensor.dim() == len(shape):
-                return tensor.shape[shape.index(TOKENS)]
-        raise RemoteProtocolError("The peer's activations have another shape than this model's layers return.")
-
-    def zeros(self, dtype: torch.dtype, device: torch.device) -> Border:
-        """A border of these known sizes, its floating point tensors in ``dtype``."""
-        kinds = (dtype if kind.is_floating_point else kind for kind in self.dtypes)
-        tensors = (torch.zeros(size, dtype=kind, device=device) for size, kind in zip(self.shapes, kinds, strict=True))
-        return Border(tuple(tensors), self.tree)
-
-    def check(self, border: Border) -> None:
-        """Raise RemoteProtocolError unless a peer's border has this tree, these known sizes and fitting dtypes."""
-        if border.tree != self.tree:
-            raise RemoteProtocolError("The peer's activations have another structure than this model's layers return.")
-        if len(border.tensors) != len(self.shapes):
-            raise RemoteProtocolError(f"The peer sent {len(border.tensors)} tensors where {len(self.shapes)} are due.")
-        for tensor, kind, size in zip(border.tensors, self.dtypes, self.shapes, strict=True):
-            fits = tensor.dtype.is_floating_point if kind.is_floating_point else tensor.dtype == kind
-            if not fits or tuple(tensor.shape) != size:
-                raise RemoteProtocolError(
-                    f"The peer sent {DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} where {list(size)} is due."
-                )
-
-
-def shape_of(tensors: Sequence[torch.Tensor], tree: Any) -> BorderShape:
-    """The shape as seen, with plain numbers for all sizes."""
-    return BorderShape(
-        tree, tuple(tuple(tensor.shape) for tensor in tensors), tuple(tensor.dtype for tensor in tensors)
-    )
-
-
-def flatten(value: Any) -> tuple[list[torch.Tensor], Any]:
-    """Take a layer's return value apart; raises UnsupportedModelError for what cannot travel."""
-    tensors: list[torch.Tensor] = []
-
-    def walk(part: Any, depth: int) -> Any:
-        if depth > MAX_DEPTH:
-            raise UnsupportedModelError("The layers return values nested too deeply to be sent on.")
-        if isinstance(part, torch.Tensor):
-            tensors.append(part)
-            return [TENSOR, len(tensors) - 1]
-        if type(part) is tuple or type(part) is list:
-            return [TUPLE if type(part) is tuple else LIST, [walk(item, depth + 1) for item in part]]
-        if type(part) is dict and all(isinstance(key, str) for key in part):
-            return [DICT, list(part), [walk(item, depth + 1) for item in part.values()]]
-        if part is None or isinstance(part, bool | int | float | str):
-            return [CONSTANT, part]
-        raise UnsupportedModelError(
-            f"The layers return a {type(part).__name__}, which cannot be sent to another holder."
+    def allows(self, shape: tuple[int, ...], point: Point) -> bool:
+        """Whether a tensor of this shape may come with a step at ``point``."""
+        return len(shape) == len(self.sizes) and all(
+            size.allows(got, point) for size, got in zip(self.sizes, shape, strict=True)
         )
 
-    if isinstance(value, torch.Tensor):
-        return [value], None
-    tree = walk(value, 0)
-    return tensors, tree
+
+@dataclass(frozen=True)
+class BorderShape:
+    """What a border consists of."""
+
+    slots: tuple[Slot, ...]
+    tensors: tuple[TensorShape, ...]
+
+    def check(self, border: Border, point: Point) -> None:
+        """Raise RemoteProtocolError unless a peer's border has these tensors for a step at ``point``."""
+        if len(border.tensors) != len(self.tensors):
+            raise RemoteProtocolError(f"The peer sent {len(border.tensors)} tensors where {len(self.tensors)} are due.")
+        for tensor, due, slot in zip(border.tensors, self.tensors, self.slots, strict=True):
+            if isinstance(slot, Carried) and _is_absent(tensor):
+                continue
+            fits = tensor.dtype.is_floating_point == due.dtype.is_floating_point
+            if not fits or not due.allows(tuple(tensor.shape), point):
+                raise RemoteProtocolError(
+                    f"The peer sent {DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} where"
+                    f" {DTYPE_NAMES[due.dtype]} {[-1 if size is None else size for size in due.at(point)]} is due."
+                )
+
+    def zeros(self, point: Point, dtype: torch.dtype, device: torch.device) -> Border:
+        """A border of these known sizes, its floating point tensors in ``dtype``."""
+        return Border(tuple(blank(tensor, point, dtype, device) for tensor in self.tensors))
 
 
-def rebuild(tensors: Sequence[torch.Tensor], tree: Any) -> Any:
-    """What ``flatten`` took apart; the tree must be one that ``BorderShape.check`` has accepted."""
-    if tree is None:
-        return tensors[0]
-    kind, *rest = tree
-    if kind == TENSOR:
-        return tensors[rest[0]]
-    if kind == CONSTANT:
-        return rest[0]
-    if kind == DICT:
-        return dict(zip(rest[0], (rebuild(tensors, item) for item in rest[1]), strict=True))
-    items = [rebuild(tensors, item) for item in rest[0]]
-    return tuple(items) if kind == TUPLE else items
+def blank(shape: TensorShape, point: Point, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros of that shape; nothing along an axis that follows no rule."""
+    kind = dtype if shape.dtype.is_floating_point else shape.dtype
+    return torch.zeros([size or 0 for size in shape.at(point)], dtype=kind, device=device)
 
 
 def pack(tensor: torch.Tensor) -> Tensor:
@@ -203,27 +155,23 @@ def unpack(packed: Tensor) -> torch.Tensor:
     return aligned(view_of(packed.data, dtype, count)).view(packed.shape)
 
 
-def to_wire(result: Border | Logits) -> tuple[tuple[Tensor, ...], Any]:
-    """A forward's result as the tensors and the tree of a message."""
+def to_wire(result: Border | Logits) -> tuple[Tensor, ...]:
+    """A forward's result as the tensors of a message."""
     if isinstance(result, Logits):
-        return (pack(result.logits),), None
-    return tuple(pack(tensor) for tensor in result.tensors), result.tree
+        return (pack(result.logits),)
+    return tuple(pack(tensor) for tensor in result.tensors)
 
 
-def from_wire(tensors: Sequence[Tensor], tree: Any, expected: BorderShape | None) -> torch.Tensor | Border:
-    """What a step brought, for ``SpanRunner.forward``: ids where ``expected`` (its ``expects``) is None, else a border.
+def from_wire(tensors: Sequence[Tensor], *, ids: bool) -> torch.Tensor | Border:
+    """What a step brought, for ``SpanRunner.forward``: token ids where its span has the stem, else a border.
 
-    Raises RemoteProtocolError for a number of tensors, a shape or a dtype that the span cannot take.
+    Raises RemoteProtocolError for what is not ids, or a tensor whose parts do not fit.
     """
-    if expected is None:
-        if len(tensors) != 1 or tensors[0].dtype not in ("I32", "I64"):
-            raise RemoteProtocolError("A step for the stem brings one tensor of token ids.")
-        return unpack(tensors[0])
-    if len(tensors) != len(expected.shapes):
-        raise RemoteProtocolError(f"The peer sent {len(tensors)} tensors where {len(expected.shapes)} are due.")
-    border = Border(tuple(unpack(tensor) for tensor in tensors), tree)
-    expected.check(border)
-    return border
+    if not ids:
+        return Border(tuple(unpack(tensor) for tensor in tensors))
+    if len(tensors) != 1 or tensors[0].dtype not in ("I32", "I64"):
+        raise RemoteProtocolError("A step for the stem brings one tensor of token ids.")
+    return unpack(tensors[0])
 
 
 def view_of(
@@ -246,30 +194,14 @@ def to_dtype(border: Border, dtype: torch.dtype, device: torch.device) -> Border
         tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
         for tensor in border.tensors
     )
-    return Border(tuple(moved), border.tree)
+    return Border(tuple(moved))
 
 
-def tensors_at(value: Any, place: Place = ()) -> Iterator[tuple[Place, torch.Tensor]]:
-    """Every tensor in nested tuples, lists and dicts with its place; anything else is passed over."""
-    if isinstance(value, torch.Tensor):
-        yield place, value
-    elif len(place) < MAX_DEPTH and type(value) in (tuple, list):
-        for index, item in enumerate(value):
-            yield from tensors_at(item, (*place, index))
-    elif len(place) < MAX_DEPTH and type(value) is dict:
-        for key, item in value.items():
-            yield from tensors_at(item, (*place, key))
+def by_slot(shape: BorderShape, border: Border) -> Mapping[Slot, torch.Tensor | None]:
+    """The border's tensors by what they are; None for one that the model did without."""
+    tensors = (None if _is_absent(tensor) else tensor for tensor in border.tensors)
+    return dict(zip(shape.slots, tensors, strict=True))
 
 
-def replace_at(value: Any, replacements: Mapping[Place, torch.Tensor]) -> Any:
-    """A copy of nested tuples, lists and dicts with other tensors at some places."""
-    if () in replacements:
-        return replacements[()]
-    if not replacements:
-        return value
-    below: dict[int | str, dict[Place, torch.Tensor]] = {}
-    for place, tensor in replacements.items():
-        below.setdefault(place[0], {})[place[1:]] = tensor
-    if isinstance(value, dict):
-        return {key: replace_at(item, below.get(key, {})) for key, item in value.items()}
-    return type(value)(replace_at(item, below.get(index, {})) for index, item in enumerate(value))
+def _is_absent(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == ABSENT.dtype and tensor.shape == ABSENT.shape

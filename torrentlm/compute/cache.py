@@ -1,155 +1,206 @@
-"""A session's KV-cache on one holder: the model's own cache class with all its layers, real where the span computes."""
+"""A session's state on one holder: the model's own cache class with all its layers, real where the span computes.
+
+Where a model keeps its state in anything else than transformers' caches, nothing is kept but the token ids so far, at
+the stem: every step then runs the whole text again (*replay*).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import PretrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicLayer,
+    EncoderDecoderCache,
+    LinearAttentionCacheLayerMixin,
+)
 
+from torrentlm.compute.inputs import Encoded
+from torrentlm.compute.reserved import ReservedLayer
 from torrentlm.errors import RefusedError
 
-
-class ReservedLayer(DynamicLayer):  # type: ignore[misc]
-    """transformers' growing layer, with the room for all of a session's tokens reserved at once.
-
-    The stock layer copies all keys and values with every token; this one writes the new ones behind the old.
-    Reserved pages cost memory only once they are written.
-    """
-
-    def __init__(self, max_length: int) -> None:
-        super().__init__()
-        self._max_length = max_length
-        self._length = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._all_keys = self._reserve(key_states)
-        self._all_values = self._reserve(value_states)
-        self._show(0)
-        self.is_initialized = True
-
-    def _reserve(self, states: torch.Tensor) -> torch.Tensor:
-        batch, heads, _, width = states.shape
-        return states.new_empty((batch, heads, self._max_length, width))
-
-    def _show(self, length: int) -> None:
-        self._length = length
-        self.keys = self._all_keys.narrow(2, 0, length)
-        self.values = self._all_values.narrow(2, 0, length)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, new = self._length, key_states.shape[2]
-        self._all_keys.narrow(2, start, new).copy_(key_states)
-        self._all_values.narrow(2, start, new).copy_(value_states)
-        self._show(start + new)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self._length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if self.is_initialized:
-            self._show(self._length - abs(tokens_to_remove))
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        if self._length:
-            self.keys.copy_(self.keys.index_select(0, beam_idx))
-            self.values.copy_(self.values.index_select(0, beam_idx))
+SNAPSHOTS = 4
+"""Steps that can be undone where a layer's state cannot be cut short."""
 
 
 @dataclass(eq=False)
 class SpanCache:
     """One session's state in one span. ``length`` tokens per row are in it, of at most ``max_length``;
-    ``broken`` after a step that failed half-way.
+    ``broken`` after a step that failed half-way. ``states`` is None where every step replays the text.
 
-    ``attention_mask`` and ``position_ids``, int64 [batch, max_length], are what ``generate`` would build for
-    these left paddings; the mask is None where no row is padded, as there.
+    ``attention_mask`` and ``position_ids``, int64 [batch, max_length], are what ``generate`` would build for these
+    paddings; the mask is None where no row is padded, as there. A row begins with ``pads[row]`` tokens of padding, or
+    ends with as many where that is negative. ``encoded`` is what the encoder made, for a decoder.
     """
 
     batch: int
     max_length: int
     pads: tuple[int, ...]
-    states: DynamicCache
-    own: tuple[int, ...]
-    earlier: tuple[DynamicLayer, ...]
-    later: tuple[DynamicLayer, ...]
     device: torch.device
+    make: Callable[[], LayeredCache | None]
+    encoded: Encoded | None = None
     length: int = 0
     broken: bool = False
+    ids: torch.Tensor | None = None
+    layered: LayeredCache | None = field(init=False)
     attention_mask: torch.Tensor | None = field(init=False)
     position_ids: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        self.layered = self.make()
         self._follow_pads()
 
     def _follow_pads(self) -> None:
         pads = torch.tensor(self.pads, device=self.device)[:, None]
         steps = torch.arange(self.max_length, device=self.device)[None, :]
-        self.position_ids = (steps - pads).clamp_(min=0)
-        self.attention_mask = (steps >= pads).long() if any(self.pads) else None
+        self.position_ids = (steps - pads.clamp(min=0)).clamp_(min=0)
+        inside = (steps >= pads) & (steps < self.max_length + pads.clamp(max=0))
+        self.attention_mask = inside.long() if any(self.pads) else None
 
-    @classmethod
-    def open(
-        cls,
-        config: PretrainedConfig,
-        own: range,
-        batch: int,
-        max_length: int,
-        pads: Sequence[int],
-        device: torch.device,
-    ) -> SpanCache:
-        """An empty cache for ``batch`` rows of at most ``max_length`` tokens, of which the first ``pads[row]``
-        are padding.
-        """
-        states = DynamicCache(config=config)
-        groups: tuple[dict[object, DynamicLayer], ...] = ({}, {})
-        for index, layer in enumerate(states.layers):
-            if index in own:
-                if type(layer) is DynamicLayer:
-                    states.layers[index] = ReservedLayer(max_length)
-            elif isinstance(layer, DynamicLayer):
-                kind = (type(layer), getattr(layer, "sliding_window", None))
-                states.layers[index] = groups[index >= own.stop].setdefault(kind, layer)
-        earlier, later = (tuple(group.values()) for group in groups)
-        return cls(batch, max_length, tuple(pads), states, tuple(own), earlier, later, device)
+    @property
+    def states(self) -> Cache | None:
+        return None if self.layered is None else self.layered.cache
 
-    def grow(self, stand_ins: tuple[DynamicLayer, ...], tokens: int) -> None:
-        """Let the stand-ins of foreign layers see ``tokens`` more: the model's code asks them for lengths."""
-        for layer in stand_ins:
-            nothing = torch.empty((1, 1, tokens, 1), device=self.device)
-            layer.update(nothing, nothing)
+    def before_step(self, ids: torch.Tensor | None) -> None:
+        """Remember what the next step may have to be undone to; ``ids`` [batch, n] are its tokens at the stem."""
+        if self.layered is not None:
+            self.layered.take_snapshot(self.length)
+        elif ids is not None:
+            self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
 
     def trim(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens; RefusedError where a layer has already dropped
-        what it needs.
+        what it needs. All can be forgotten always.
         """
         surplus = self.length - length
         if surplus <= 0:
             return
-        if any(getattr(layer, "sliding_window", self.length + 1) <= self.length for layer in self._layers()):
-            raise RefusedError("The model's sliding window has moved on: this session cannot go back.", "bad_request")
-        for layer in self._layers():
-            layer.crop(-surplus)
+        if length == 0:
+            self.layered = self.make()
+        elif self.layered is not None:
+            self.layered.trim(surplus, length)
+        if self.ids is not None:
+            self.ids = self.ids[:, :length]
         self.length = length
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row ``rows[i]`` was."""
         index = torch.tensor(list(rows), device=self.device)
-        for position in self.own:
-            self.states.layers[position].reorder_cache(index)
+        if self.layered is not None:
+            self.layered.reorder(index)
+        if self.ids is not None:
+            self.ids = self.ids.index_select(0, index)
         if any(self.pads):
             self.pads = tuple(self.pads[row] for row in rows)
             self._follow_pads()
+        if self.encoded is not None:
+            states, mask = self.encoded.states, self.encoded.mask
+            self.encoded = Encoded(states.index_select(0, index), mask.index_select(0, index))
 
-    def _layers(self) -> Iterator[DynamicLayer]:
+
+class LayeredCache:
+    """A transformers cache of which the entries ``own`` are real. The others are stand-ins that only know lengths,
+    since the model's code asks them: ``earlier`` ones grow when the span begins, ``later`` ones when it is done.
+    """
+
+    def __init__(
+        self, cache: Cache, own: frozenset[int], earlier: frozenset[int], later: frozenset[int], max_length: int
+    ) -> None:
+        self.cache = cache
+        grows = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        groups: tuple[dict[object, Any], ...] = ({}, {})
+        for index, layer in enumerate(grows.layers):
+            if isinstance(layer, DummyLayer):
+                continue
+            if index in earlier or index in later:
+                kind = (type(layer), getattr(layer, "sliding_window", None))
+                grows.layers[index] = groups[index not in earlier].setdefault(kind, layer)
+            elif index in own and type(layer) is DynamicLayer:
+                grows.layers[index] = ReservedLayer(max_length)
+        self._own = [layer for index, layer in enumerate(grows.layers) if index in own]
+        self._crossed = cache.cross_attention_cache if isinstance(cache, EncoderDecoderCache) else None
+        self._stand_ins = tuple(tuple(group.values()) for group in groups)
+        self._snapshots: deque[tuple[int, list[tuple[Any, dict[str, Any]]]]] = deque(maxlen=SNAPSHOTS)
+
+    def grow_earlier(self, tokens: int, device: torch.device) -> None:
+        self._grow(0, tokens, device)
+
+    def grow_later(self, tokens: int, device: torch.device) -> None:
+        self._grow(1, tokens, device)
+
+    def _grow(self, group: int, tokens: int, device: torch.device) -> None:
+        for layer in self._stand_ins[group]:
+            if isinstance(layer, DynamicLayer):
+                nothing = torch.empty((1, 1, tokens, 1), device=device)
+                layer.update(nothing, nothing)
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
+
+    def _layers(self) -> Iterator[Any]:
         """Every real layer and every stand-in, once."""
-        yield from self.earlier
-        yield from (layer for i in self.own if not isinstance(layer := self.states.layers[i], DummyLayer))
-        yield from self.later
+        for layer in (*self._own, *self._stand_ins[0], *self._stand_ins[1]):
+            if not isinstance(layer, DummyLayer):
+                yield layer
+
+    def take_snapshot(self, length: int) -> None:
+        kept = [(layer, _copied(layer)) for layer in self._layers() if not isinstance(layer, ReservedLayer)]
+        self._snapshots.append((length, kept))
+
+    def trim(self, surplus: int, length: int) -> None:
+        layers = list(self._layers())
+        if self.cache.is_croppable and all(_can_crop(layer) for layer in layers):
+            for layer in layers:
+                layer.crop(-surplus)
+            self._snapshots.clear()
+            return
+        kept = next((kept for at, kept in self._snapshots if at == length), None)
+        if kept is None:
+            raise RefusedError(
+                "The model keeps no more than its latest state: this session can only begin again at position 0.",
+                "bad_request",
+            )
+        for layer, attributes in kept:
+            layer.__dict__.update({name: _cloned(value) for name, value in attributes.items()})
+        for layer in layers:
+            if isinstance(layer, ReservedLayer):
+                layer.crop(-surplus)
+        self._snapshots = deque((entry for entry in self._snapshots if entry[0] <= length), maxlen=SNAPSHOTS)
+
+    def reorder(self, index: torch.Tensor) -> None:
+        for layer in self._own:
+            layer.reorder_cache(index)
+        for layer in [] if self._crossed is None else self._crossed.layers:
+            if getattr(layer, "is_initialized", False):
+                layer.reorder_cache(index)
+        self._snapshots.clear()
+
+
+def _can_crop(layer: Any) -> bool:
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return False
+    window = getattr(layer, "sliding_window", None)
+    return bool(layer.is_croppable) and (window is None or layer.get_seq_length() < window)
+
+
+def _copied(layer: Any) -> dict[str, Any]:
+    """The layer's attributes. transformers replaces the tensors of growing layers and overwrites those of others."""
+    overwritten = isinstance(layer, LinearAttentionCacheLayerMixin)
+    return {name: _cloned(value) if overwritten else _kept(value) for name, value in vars(layer).items()}
+
+
+def _kept(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, dict | list) else value
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _cloned(item) for key, item in value.items()}
+    return value

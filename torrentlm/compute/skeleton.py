@@ -15,9 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from torrentlm.errors import ArtifactError, UnsupportedModelError
 
@@ -43,24 +53,63 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
-    """The causal language model that ``config`` describes, in eval mode, on ``device`` (CPU), with ghosts for
-    parameters.
+    """The model that ``config`` describes, in eval mode, on ``device`` (CPU), with ghosts for parameters.
 
-    Raises UnsupportedModelError when transformers has no such model or cannot build it.
+    Its class is the one that the config names, else the first that transformers maps the config to: a language model
+    if there is one. Raises UnsupportedModelError when transformers has no such model or cannot build it.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):  # says how a checkpoint was stored; blocks hold plain tensors
         del config.quantization_config
     try:
         with _building, _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            kind = _model_class(config)
+            if not isinstance(config, kind.config_class):  # a text model's class, and a config with more around it
+                config = config.get_text_config()
+            model = kind._from_config(config, dtype=dtype)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # a config can make any model's constructor fail in any way
         raise UnsupportedModelError(
-            f"transformers cannot build a causal language model from this config: {first_line(error)}"
+            f"transformers cannot build a model from this config: {first_line(error)}"
         ) from error
     model.eval()
     replace_parameters(model, Ghosts(device or torch.device("cpu")))
     return model
+
+
+def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    for name in config.architectures or ():
+        named = getattr(transformers, name, None) if name.isidentifier() else None
+        if isinstance(named, type) and issubclass(named, PreTrainedModel):
+            return named
+    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModel):
+        if type(config) in auto._model_mapping:
+            found = auto._model_mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise UnsupportedModelError(
+        f"transformers knows no model of type {config.model_type}; a newer transformers may, on every holder."
+    )
+
+
+class GhostProducts(TorchDispatchMode):
+    """In its ``with``, products with ghosts are zeros without any multiplication: analysing costs the same at any size."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._ghosts = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS and not kwargs:
+            *added, left, right = args
+            if {left.untyped_storage()._cdata, right.untyped_storage()._cdata} & self._ghosts:
+                shape = (*left.shape[:-1], right.shape[-1])
+                zeros = torch.zeros(shape, dtype=left.dtype, device=left.device)
+                return zeros + added[0] if added else zeros
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = frozenset((torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default))
 
 
 class Ghosts:

@@ -1,28 +1,43 @@
 """Runs consecutive blocks of a model by running the model's own forward, with everything outside the span left out.
 
 Theory of operation ("boundary swap"). Every holder builds the whole module tree; what it does not hold are ghosts.
-The model's forward then makes masks, positions and rotary tables from the same small arguments everywhere. Layers
-before the span return what came over the border instead of computing; the forward is left by an exception when the
-span's last layer returns. So whatever a model computes between two layers runs exactly once, at the receiver, and no
-line here knows any architecture.
+The model's forward then makes masks, positions and rotary tables from the same small arguments everywhere. Layer calls
+before the span return what came over the border instead of computing; the forward is left by an exception when all is
+known that later spans need. So whatever a model computes between two layers runs at the receiver, and no line here
+knows any architecture.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from torrentlm.compute.border import Border, BorderShape, Logits, rebuild, replace_at, tensors_at, to_dtype
-from torrentlm.compute.cache import SpanCache
+from torrentlm.compute.border import (
+    ABSENT,
+    Border,
+    Carried,
+    Logits,
+    Returned,
+    Slot,
+    TokenIds,
+    blank,
+    by_slot,
+    to_dtype,
+)
+from torrentlm.compute.cache import SNAPSHOTS, LayeredCache, SpanCache
+from torrentlm.compute.inputs import FILLER, Encoded
 from torrentlm.compute.lean import make_lean
+from torrentlm.compute.sizes import Point
 from torrentlm.compute.skeleton import build_skeleton, first_line
-from torrentlm.compute.split import Split, find_layer_stack, forward_arguments, named_weights
+from torrentlm.compute.split import Split, named_weights, vocabulary_of
+from torrentlm.compute.probe import entry_tensors, put_entries
+from torrentlm.compute.values import Place, at, flatten, rebuild, replace_at
 from torrentlm.compute.weights import BlockFiles, Weights, attach_weights
 from torrentlm.errors import LocalProtocolError, RefusedError, RemoteProtocolError
 from torrentlm.wire.messages import Want
@@ -62,28 +77,61 @@ class SpanRunner:
         self._model = build_skeleton(config, self.dtype, self.device)
         self._weights = Weights(weights, dtype, self.device)
         self._attach(self._weights.tensors)
-        self._takes = forward_arguments(self._model)
-        self._vocabulary = self._model.get_input_embeddings().num_embeddings
+        self._runs = self._model.get_submodule(split.module)
+        self._vocabulary = vocabulary_of(self._model)
         self._running = threading.Lock()
-        self._step: _Step
-        self._swap_layers(find_layer_stack(self._model)[1])
+        self._step: _Step | None = None
+        self._output = split.inputs.output
+        self._swap_layers()
         make_lean(self._model)
 
     # Sessions
 
-    def open(self, batch: int, max_length: int, pads: Sequence[int] = ()) -> SpanCache:
+    def open(
+        self,
+        batch: int,
+        max_length: int,
+        pads: Sequence[int] = (),
+        encoded: Encoded | None = None,
+    ) -> SpanCache:
         """An empty cache for ``batch`` rows of at most ``max_length`` tokens.
 
-        Row r begins with ``pads[r]`` tokens of padding. Raises RefusedError if these do not fit together.
+        Row r begins with ``pads[r]`` tokens of padding, or ends with as many if that is negative. Raises RefusedError if
+        these do not fit together.
         """
-        pads = pads or [0] * batch
-        if batch < 1 or max_length < 1 or len(pads) != batch or not all(0 <= pad < max_length for pad in pads):
+        pads = tuple(pads or [0] * batch)
+        if batch < 1 or max_length < 1 or len(pads) != batch or not all(abs(pad) < max_length for pad in pads):
             raise RefusedError("The session's batch, length and padding do not fit together.", "bad_request")
-        return SpanCache.open(self._model.config, self.layers, batch, max_length, pads, self.device)
+        return SpanCache(batch, max_length, pads, self.device, lambda: self._new_cache(max_length), encoded)
 
-    def cache_bytes(self, batch: int, max_length: int) -> int:
-        """Bytes that a session's cache comes to here when it is full."""
-        return sum(self.split.state[layer] for layer in self.layers) * batch * max_length * self.dtype.itemsize
+    def _new_cache(self, max_length: int) -> LayeredCache | None:
+        if self.split.make_cache is None:
+            return None
+        entries = [frozenset(state.entries) for state in self.split.state]
+        own = frozenset().union(*entries[self.layers.start : self.layers.stop])
+        earlier = frozenset().union(*entries[: self.layers.start])
+        later = frozenset().union(*entries[self.layers.stop :])
+        return LayeredCache(self.split.make_cache(self._model.config), own, earlier, later, max_length)
+
+    def cache_bytes(self, batch: int, max_length: int, source: int = 0) -> int:
+        """Bytes that a session's cache comes to here when it is full; ``source``: tokens that an encoder has read."""
+        encoded = batch * source * (self.split.width or 0) * self.dtype.itemsize
+        if self.split.replays:
+            return encoded + (8 * batch * max_length if self.has_stem else 0)
+        states = [self.split.state[layer] for layer in self.layers]
+        numbers = sum(
+            state.per_token * max_length + state.per_source * source + state.per_row * (1 + SNAPSHOTS)
+            for state in states
+        )
+        return encoded + numbers * batch * self.dtype.itemsize
+
+    def encoded(self, cache: SpanCache, source: int, tensors: Sequence[torch.Tensor]) -> Encoded:
+        """What a peer says that the encoder made, as ``SpanCache.encoded``; RemoteProtocolError if it cannot be."""
+        due = ((cache.batch, source, self.split.width), (cache.batch, source))
+        if tuple(tuple(tensor.shape) for tensor in tensors) != due or not tensors[0].is_floating_point():
+            raise RemoteProtocolError(f"The encoder's states and mask must have the shapes {due[0]} and {due[1]}.")
+        states, mask = tensors
+        return Encoded(states.to(device=self.device, dtype=self.dtype), mask.to(device=self.device, dtype=torch.long))
 
     def trim(self, cache: SpanCache, length: int) -> None:
         """Forget all but the first ``length`` tokens of every row; RefusedError if the cache cannot go back so far."""
@@ -99,71 +147,78 @@ class SpanRunner:
 
     # Steps
 
-    def expects(self, batch: int, tokens: int) -> BorderShape | None:
-        """What a step must bring: the border's exact sizes, or None for token ids."""
-        return None if self.has_stem else self.split.borders[self.layers.start].at(batch, tokens)
+    def forward(
+        self, cache: SpanCache, given: torch.Tensor | Border, tokens: int, *, want: int = Want.NONE
+    ) -> Border | Logits:
+        """Run one step of ``tokens`` >= 0 tokens per row behind those in ``cache``.
 
-    def forward(self, cache: SpanCache, given: torch.Tensor | Border, *, want: int = Want.NONE) -> Border | Logits:
-        """Run one step of n >= 0 tokens per row behind those in ``cache``.
-
-        ``given`` are token ids, int [batch, n], where the span has the stem, else the border before its first layer.
-        Returns the border behind the span, or logits where the span has the head and ``want`` asks for them. Raises
-        RemoteProtocolError if ``given`` is not what this span takes, RefusedError if the step is too long
+        ``given`` are token ids, int [batch, tokens], where the span has the stem, else the border before its first
+        layer. Returns the border behind the span, or logits where the span has the head and ``want`` asks for them.
+        Raises RemoteProtocolError if ``given`` is not what this span takes, RefusedError if the step is too long
         ("max_length") or fails ("internal"; the cache is lost then).
         """
-        tokens = self._check(cache, given)
+        point = self._check(cache, given, tokens)
         logits = self.has_head and want in (Want.SAMPLE, Want.LOGITS_LAST, Want.LOGITS_ALL)
         with self._running, torch.inference_mode():
             if tokens == 0:
                 return self._nothing(cache.batch, logits)
-            self._step = _Step(cache, tokens, logits, keep=0 if want == Want.LOGITS_ALL else 1)
+            keep = 1
+            if want == Want.LOGITS_ALL:
+                keep = tokens if self.split.replays and self.split.inputs.causal else 0
             try:
-                result = self._run(self._step, given)
-            except (RuntimeError, ValueError, IndexError, MemoryError) as error:  # out of the model's own code
+                result = self._run(cache, point, given, logits, keep)
+            except _ANY_MODELS as error:
                 cache.broken = True
                 raise RefusedError(f"The step could not be computed: {first_line(error)}", "internal") from error
             finally:
-                del self._step
+                self._step = None
             cache.length += tokens
             return result
 
-    def _run(self, step: _Step, given: torch.Tensor | Border) -> Border | Logits:
-        cache = step.cache
-        end = cache.length + step.tokens
+    def _run(
+        self, cache: SpanCache, point: Point, given: torch.Tensor | Border, logits: bool, keep: int
+    ) -> Border | Logits:
+        known: dict[Slot, torch.Tensor | None] = {}
         if isinstance(given, Border):
-            step.border = to_dtype(given, self.dtype, self.device)
-            ids = torch.zeros((cache.batch, step.tokens), dtype=torch.long, device=self.device)
+            cache.before_step(None)
+            known.update(by_slot(self.split.borders[self.layers.start], to_dtype(given, self.dtype, self.device)))
+            ids = known.get(TokenIds())
+            if ids is None:
+                ids = torch.full((cache.batch, point.tokens), FILLER, device=self.device)
         else:
             ids = given.to(device=self.device, dtype=torch.long)
-        arguments = {
-            "input_ids": ids,
-            "position_ids": cache.position_ids[:, cache.length : end],
-            self.split.cache: cache.states,
-            "use_cache": True,
-            "logits_to_keep": step.keep,
-        }
-        if cache.attention_mask is not None:
-            arguments["attention_mask"] = cache.attention_mask[:, :end]
-        taken = {name: value for name, value in arguments.items() if name in self._takes}
+            cache.before_step(ids)
+            ids = ids if cache.ids is None else cache.ids
+            known[TokenIds()] = ids
+        self._step = step = _Step(cache, point, logits, known)
         try:
-            logits = self._model(**taken, return_dict=True).logits
-        except _Leave as leave:
-            result: Border | Logits = leave.border
+            made = getattr(self._runs(**self._arguments(cache, point, ids, keep)), self._output)
+        except _Leave:
+            wanted = self.split.borders[self.layers.stop].slots
+            made = (step.known[slot] for slot in wanted)
+            result: Border | Logits = Border(tuple(ABSENT if tensor is None else tensor for tensor in made))
         else:
-            result = Logits(logits[:, -step.keep :])
-        cache.grow(cache.later, step.tokens)
+            result = Logits(made[:, -keep:])
+        if cache.layered is not None:
+            cache.layered.grow_later(point.tokens, self.device)
         return result
 
-    def _check(self, cache: SpanCache, given: torch.Tensor | Border) -> int:
-        """The number of tokens of a step, once it is clear that the step fits."""
+    def _arguments(self, cache: SpanCache, point: Point, ids: torch.Tensor, keep: int) -> dict[str, Any]:
+        names = self.split.inputs
+        given: dict[str, Any] = {
+            "positions": cache.position_ids[:, point.past : point.length],
+            "mask": None if cache.attention_mask is None else cache.attention_mask[:, : point.length],
+            "encoded": cache.encoded,
+        }
+        arguments = names.arguments(self._model, point, ids, cache.states, **given)
+        if names.keep is not None:
+            arguments[names.keep] = keep
+        return arguments
+
+    def _check(self, cache: SpanCache, given: torch.Tensor | Border, tokens: int) -> Point:
+        """Where the step is, once it is clear that it fits."""
         if isinstance(given, Border) == self.has_stem:
             raise RemoteProtocolError("Token ids go to the holder of the stem, activations to the others.")
-        if isinstance(given, Border):
-            shape = self.split.borders[self.layers.start]
-            tokens = shape.tokens_of(given)
-            shape.at(cache.batch, tokens).check(given)
-        else:
-            tokens = self._check_ids(given, cache.batch)
         if cache.broken:
             raise RefusedError("An earlier step of this session failed half-way; open a new session.", "internal")
         if cache.length + tokens > cache.max_length:
@@ -171,22 +226,28 @@ class SpanRunner:
                 f"The session was opened for {cache.max_length} tokens: after {cache.length} no {tokens} more fit.",
                 "max_length",
             )
-        return tokens
+        past = 0 if self.split.replays else cache.length
+        source = 0 if cache.encoded is None else cache.encoded.states.shape[1]
+        point = Point(cache.batch, cache.length + tokens - past, past, source)
+        if not isinstance(given, Border):
+            self._check_ids(given, cache.batch, tokens)
+        elif tokens:
+            self.split.borders[self.layers.start].check(given, point)
+        return point
 
-    def _check_ids(self, ids: torch.Tensor, batch: int) -> int:
-        if ids.dtype not in (torch.int32, torch.int64) or ids.dim() != 2 or ids.shape[0] != batch:
-            raise RemoteProtocolError(f"Token ids must be integers of shape [{batch}, tokens].")
+    def _check_ids(self, ids: torch.Tensor, batch: int, tokens: int) -> None:
+        if ids.dtype not in (torch.int32, torch.int64) or tuple(ids.shape) != (batch, tokens):
+            raise RemoteProtocolError(f"Token ids must be integers of shape [{batch}, {tokens}].")
         if ids.numel():
             lowest, highest = ids.aminmax()
             if lowest < 0 or highest >= self._vocabulary:
                 raise RemoteProtocolError(f"Token ids must be from 0 to {self._vocabulary - 1}.")
-        return ids.shape[1]
 
     def _nothing(self, batch: int, logits: bool) -> Border | Logits:
         """The result of a step of no tokens."""
         if logits:
             return Logits(torch.zeros((batch, 0, self._vocabulary), dtype=self.dtype, device=self.device))
-        return self.split.borders[self.layers.stop].at(batch, 0).zeros(self.dtype, self.device)
+        return self.split.borders[self.layers.stop].zeros(Point(batch, 0), self.dtype, self.device)
 
     # Set-up
 
@@ -198,86 +259,98 @@ class SpanRunner:
         needed.update(split.stem if self.has_stem else (), split.head if self.has_head else ())
         attach_weights(self._model, weights, needed, canonical)
 
-    def _swap_layers(self, stack: nn.ModuleList) -> None:
-        first, stop = self.layers.start, self.layers.stop
-        for index, layer in enumerate(stack):
-            if index < first:
-                layer.forward = self._stand_in(index)
-            elif index >= stop:
-                layer.forward = self._leave_before
-        if self.layers:
-            if first == 0 and not self.has_stem:
-                stack[0].forward = self._enter(stack[0].forward)
-            stack[stop - 1].forward = self._leave_after(stack[stop - 1].forward)
+    def _swap_layers(self) -> None:
+        """Let every layer call go through the step's plan; a module may be called more than once."""
+        for path in dict.fromkeys(call.path for call in self.split.calls):
+            module = self._model.get_submodule(path)
+            module.forward = self._swapped(module.forward)
+        stop, here = self.layers.stop, set(self.layers)
+        wanted = self.split.borders[stop].slots
+        self._keep = {
+            call: [slot for slot in wanted if isinstance(slot, Returned) and slot.call == call] for call in here
+        }
+        self._carried_to: dict[int, dict[Place, Carried]] = {}
+        for value in self.split.carried:
+            for call, place in value.places:
+                self._carried_to.setdefault(call, {})[place] = value.slot
+        # The stem makes what is carried to calls behind the span, too: its forward goes on that far, on stand-ins.
+        self._last = stop - 1
+        if self.has_stem:
+            self._last = max([stop - 1, *(slot.call for slot in wanted if isinstance(slot, Carried))])
 
-    def _stand_in(self, index: int) -> Callable[..., Any]:
-        """For a layer before the span. The last of them returns the border, the others something of its shape.
-
-        (A model may change in place what a layer returned: the border must not go through that before its turn.)
-        """
-        is_first, is_last = index == 0, index == self.layers.start - 1
-
-        def earlier_layer(*args: Any, **kwargs: Any) -> Any:
+    def _swapped(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             step = self._step
-            if is_first:
-                step.cache.grow(step.cache.earlier, step.tokens)
-            if not is_last:
-                return step.blank()
-            if not self.layers and not step.logits:
-                raise _Leave(step.border)
-            return step.border.value
-
-        return earlier_layer
-
-    def _enter(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """For layer 0 without the stem: what the stem would have made comes over the border."""
-
-        def first_layer(*args: Any, **kwargs: Any) -> Any:
-            swapped = dict(zip(self.split.entry, self._step.border.tensors, strict=True))
-            args, kwargs = replace_at((args, kwargs), swapped)
-            return forward(*args, **kwargs)
-
-        return first_layer
-
-    def _leave_before(self, *args: Any, **kwargs: Any) -> Any:
-        """For the layer after a span that has none, which is the stem: what it made for layer 0 is the border."""
-        made = dict(tensors_at((args, kwargs)))
-        raise _Leave(Border(tuple(made[place] for place in self.split.entry)))
-
-    def _leave_after(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """For the span's last layer, unless the head's logits are wanted."""
-
-        def last_layer(*args: Any, **kwargs: Any) -> Any:
+            if step is None:
+                raise LocalProtocolError("a layer was called outside of a step")
+            number, step.calls = step.calls, step.calls + 1
+            if number < self.layers.start:
+                return self._stand_in(step, number, args, kwargs)
+            carried = self._carried_to.get(number)
+            if number >= self.layers.stop:
+                for place, slot in (carried or {}).items():
+                    step.known.setdefault(slot, at((args, kwargs), place))
+                self._leave_after(step, number)
+                return self._stand_in(step, number, args, kwargs)
+            if carried and not self.has_stem:  # what no border brings changes nothing: blanks do
+                known = {place: step.known[slot] for place, slot in carried.items() if slot in step.known}
+                args, kwargs = replace_at((args, kwargs), known)
+            elif carried:
+                for place, slot in carried.items():
+                    step.known.setdefault(slot, at((args, kwargs), place))
             result = forward(*args, **kwargs)
-            if not self._step.logits:
-                raise _Leave(Border.of(result))
+            if keep := self._keep[number]:
+                tensors = flatten(result)[0] + entry_tensors(self.split.calls[number].maps, args, kwargs)
+                step.known.update((slot, tensors[slot.index]) for slot in keep)
+            self._leave_after(step, number)
             return result
 
-        return last_layer
+        return call
+
+    def _leave_after(self, step: _Step, number: int) -> None:
+        """End the forward where nothing is missing any more, unless the head's logits are wanted."""
+        if number >= self._last and not (self.has_head and step.logits):
+            raise _Leave
+
+    def _stand_in(self, step: _Step, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a foreign layer call returns: what came over the border, blanks otherwise."""
+        if number == 0 and step.cache.layered is not None:
+            step.cache.layered.grow_earlier(step.point.tokens, self.device)
+        call = self.split.calls[number]
+        if number == self.split.layers - 1 and not self.layers and not step.logits:
+            raise _Leave
+        tensors = [
+            step.known[slot] if (slot := Returned(number, index)) in step.known else self._blank(step, number, index)
+            for index in range(len(call.tensors))
+        ]
+        returned = len(tensors) - sum(entry.count for entry in call.maps)
+        put_entries(call.maps, args, kwargs, tensors[returned:], step.cache.states)
+        return rebuild(tensors[:returned], call.form, step.cache.states)
+
+    def _blank(self, step: _Step, number: int, index: int) -> torch.Tensor:
+        shape = self.split.calls[number].tensors[index]
+        if shape not in step.blanks:
+            step.blanks[shape] = blank(shape, step.point, self.dtype, self.device)
+        return step.blanks[shape]
 
 
-NO_BORDER = Border(())
+_ANY_MODELS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, MemoryError)
+"""What may come out of a model's own code."""
 
 
 @dataclass(slots=True)
 class _Step:
-    """What the swapped layers need to know of the running forward. ``keep``: positions with logits, 0 for all."""
+    """What the swapped layers need to know of the running forward: where it is, whether the head's logits are wanted, the
+    border's tensors as far as they are known, and how many layer calls there have been.
+    """
 
     cache: SpanCache
-    tokens: int
+    point: Point
     logits: bool
-    keep: int
-    border: Border = NO_BORDER
-    _blank: Any = None
-
-    def blank(self) -> Any:
-        if self._blank is None:
-            self._blank = rebuild([torch.zeros_like(tensor) for tensor in self.border.tensors], self.border.tree)
-        return self._blank
+    known: dict[Slot, torch.Tensor | None]
+    calls: int = 0
+    blanks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
 
 class _Leave(Exception):
-    """No error: it carries the border out of the model's forward."""
-
-    def __init__(self, border: Border) -> None:
-        self.border = border
+    """No error: it ends the model's forward once all is known."""

@@ -1,64 +1,124 @@
 """Where a model can be cut, found by watching its own code run on ghosts. No architecture is known by name.
 
-Theory of operation. A model's *layer stack* is the ModuleList that holds most of its parameters; the model's
-forward calls these layers one after the other. A *border* is what travels from one holder to the next: between
-two layers the complete return value of the earlier layer's call; before the first layer those of its arguments
-that the stem made from weights. One forward with autograd on, with every border cut out of the graph, leaves
-for each part of the model a graph whose leaves are exactly the weights that this part reads: the *stem* for
-what goes into the first call, the *head* for what follows the last one, and for each call its own weights and
-(seldom) something *extra*.
+A *part* of a model is the stem (what runs from the token ids to the first layer call), a layer call with the glue before
+it, or the head (what follows the last call). A *border* is what a part needs of all the parts before it.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    EncoderDecoderCache,
+    LinearAttentionCacheLayerMixin,
+)
 
-from torrentlm.compute.border import BorderShape, Place, flatten, rebuild, replace_at, shape_of, tensors_at
-from torrentlm.compute.skeleton import build_skeleton, first_line
+from torrentlm.compute.border import BorderShape, Carried, Returned, Slot, TensorShape, TokenIds
+from torrentlm.compute.inputs import FILLER, Encoded, Inputs
+from torrentlm.compute.probe import Inside, MapEntry, Pass, Probe, SeenCarried, Weight, entries_of
+from torrentlm.compute.sizes import Point, Size
+from torrentlm.compute.skeleton import GhostProducts, build_skeleton, first_line
+from torrentlm.compute.stack import Stack, find_stacks
+from torrentlm.compute.values import Place
 from torrentlm.errors import UnsupportedModelError
 
-PROBES = ((2, 3), (3, 5))
-"""(Batch, tokens) of the two probing forwards: what differs between them tells the axes of a border."""
+FIRST, SECOND, THIRD = Point(2, 5, source=11), Point(3, 7, source=6), Point(2, 10, source=8)
+MORE, ONE = Point(2, 2, past=5, source=11), Point(3, 1, past=7, source=6)
+"""The steps that are watched; MORE goes on behind FIRST, ONE behind SECOND. What differs tells the axes of a border."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One layer call: its module's path, the form of what it returns, the maps that it writes to, and the tensors in
+    both.
+    """
+
+    path: str
+    form: Any
+    maps: tuple[MapEntry, ...]
+    tensors: tuple[TensorShape, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedValue:
+    """A value that the stem makes for layer calls: which arguments of which calls it is, and its shape."""
+
+    slot: Carried
+    places: tuple[tuple[int, Place], ...]
+    shape: TensorShape
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a call keeps: the cache's entries that it writes to, and how many numbers per row and token, per row and token
+    that an encoder has read, and per row. ``trims``: whether it can be cut at any token.
+    """
+
+    entries: tuple[int, ...] = ()
+    per_token: int = 0
+    per_source: int = 0
+    per_row: int = 0
+    trims: bool = True
 
 
 @dataclass(frozen=True)
 class Split:
-    """How one model is cut into the stem, its layers and the head. Parameter names are the module tree's own.
+    """How one model is cut into the stem, its layer calls and the head. Parameter names are the module tree's own.
 
-    ``layer_stack`` is the path of the ModuleList, ``layers`` its length. ``stem``, ``head`` and ``extra`` (one
-    entry per layer) name what the part reads besides the weights under ``layer_prefix(layer)``; persistent
-    buffers count as weights. ``tied`` pairs each alias with the canonical name of the same parameter; every
-    other field uses canonical names.
+    ``module`` is the path of what is run, "" for the whole model. ``chunks``: whether a prompt may come in parts.
+    ``width``: of the encoder's hidden states that a decoder is given.
+    ``calls`` are the layer calls in order; a module may be called more than once. ``stem``, ``head`` and ``extra`` (one
+    entry per call) name what the part reads besides the weights under ``layer_prefix(call)``; persistent buffers count
+    as weights. ``tied`` pairs each alias with the canonical name of the same parameter; every other field uses canonical
+    names. ``borders[k]`` is what travels into call k, ``borders[layers]`` what travels into the head.
 
-    ``cache`` is the name of the forward's argument for the KV-cache and ``state`` how many numbers each layer
-    keeps there per row and token. ``borders[k]`` is what travels into layer k, ``borders[layers]`` what travels
-    into the head; ``entry`` are the places of the tensors of ``borders[0]`` in the pair (positional, keyword
-    arguments) of the first layer's call.
+    ``make_cache`` makes an empty cache of the model's own kind; None where every step replays the text.
     """
 
+    module: str
     layer_stack: str
-    layers: int
+    calls: tuple[Call, ...]
     stem: tuple[str, ...]
     head: tuple[str, ...]
     extra: tuple[tuple[str, ...], ...]
     tied: tuple[tuple[str, str], ...]
-    cache: str
-    state: tuple[int, ...]
-    entry: tuple[Place, ...]
+    inputs: Inputs
+    make_cache: Callable[[PretrainedConfig], Cache] | None
+    state: tuple[State, ...]
+    carried: tuple[CarriedValue, ...]
     borders: tuple[BorderShape, ...]
+    chunks: bool
+    width: int | None
+
+    @property
+    def layers(self) -> int:
+        """The number of layer calls."""
+        return len(self.calls)
+
+    @property
+    def replays(self) -> bool:
+        """Whether every step runs the whole text again."""
+        return self.make_cache is None
 
     def layer_prefix(self, layer: int) -> str:
-        """What the names of this layer's own weights begin with, dot included."""
-        return f"{self.layer_stack}.{layer}."
+        """What the names of this call's own weights begin with, dot included."""
+        return f"{self.calls[layer].path}."
+
+    def rewind(self, layers: Iterable[int]) -> Literal["trim", "snapshot", "replay"]:
+        """How the state of these layer calls goes back to an earlier token: by cutting it, by what was kept of the latest
+        steps, or not at all, since there is none and every step runs the whole text.
+        """
+        if self.replays:
+            return "replay"
+        return "trim" if all(self.state[layer].trims for layer in layers) else "snapshot"
 
     @property
     def canonical(self) -> dict[str, str]:
@@ -66,54 +126,105 @@ class Split:
         return dict(self.tied)
 
 
-def analyse(config: PretrainedConfig) -> Split:
-    """Find the split of the causal language model that ``config`` describes; needs no weights and next to no memory.
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What a recipe says where looking at the model is not enough. ``layer_stacks``: the path of the list of layers, of an
+    encoder-decoder the encoder's and the decoder's. ``encoder``: the model is called once for each text, though its class could generate. ``replay``: keep no state, run
+    the whole text in every step.
+    """
+
+    layer_stacks: tuple[str, ...] = ()
+    encoder: bool = False
+    replay: bool = False
+
+
+def analyse(config: PretrainedConfig, hints: Hints = Hints()) -> Split:  # noqa: B008
+    """The one split of a model that is no encoder-decoder. Raises as ``analyse_sides``."""
+    sides = analyse_sides(config, hints)
+    if len(sides) > 1:
+        raise UnsupportedModelError("An encoder-decoder has two sides, which are split each by itself.")
+    return sides[0]
+
+
+def analyse_sides(config: PretrainedConfig, hints: Hints = Hints()) -> tuple[Split, ...]:  # noqa: B008
+    """Find the split of the model that ``config`` describes, of an encoder-decoder the encoder's and the decoder's; needs
+    no weights and next to no memory.
 
     Raises UnsupportedModelError, with the reason, for a model that cannot be cut exactly by these rules.
     """
-    if config.is_encoder_decoder:
-        raise UnsupportedModelError("Encoder-decoder models cannot be split yet; choose a decoder-only model.")
     model = build_skeleton(config, torch.float32)
-    path, stack = find_layer_stack(model)
-    names, tied = _name_weights(model)
-    one, other = (_Probe(model, stack, names, batch, tokens) for batch, tokens in PROBES)
-    if one.entry != other.entry:
-        raise UnsupportedModelError("What the stem passes to the first layer changes with the number of tokens.")
-    _refuse_foreign_reads(model, one, names, path)
-
-    def ordered(reads: Iterable[str]) -> tuple[str, ...]:
-        wanted = set(reads)
-        return tuple(name for name in dict.fromkeys(names.values()) if name in wanted)
-
-    extra = [{name for name in reads if not name.startswith(f"{path}.{i}.")} for i, reads in enumerate(one.reads)]
-    return Split(
-        layer_stack=path,
-        layers=len(stack),
-        stem=ordered(one.stem),
-        head=ordered(one.head),
-        extra=tuple(ordered(reads) for reads in extra),
-        tied=tied,
-        cache=one.cache,
-        state=one.state,
-        entry=tuple(one.entry),
-        borders=tuple(
-            BorderShape.between(small, PROBES[0], large, PROBES[1])
-            for small, large in zip(one.shapes, other.shapes, strict=True)
-        ),
-    )
+    if not model.config.is_encoder_decoder:
+        inputs = Inputs.of(model, causal=bool(model.can_generate()) and not hints.encoder)
+        if not inputs.causal and isinstance(getattr(_made_by(model), "logits", None), torch.Tensor):
+            inputs = replace(inputs, output="logits")
+        return (_best(model, "", inputs, _hinted(find_stacks(model), hints, 0), None, hints),)
+    encoder = model.get_encoder()
+    path = next((path for path, module in model.named_modules() if module is encoder), "")
+    if not path:
+        raise UnsupportedModelError("The model has an encoder that is no part of it by itself.")
+    stacks = _hinted(find_stacks(model, path), hints, 0)
+    first = _best(model, path, Inputs.of_encoder(encoder), stacks, None, hints)
+    made = _made_by(encoder)
+    stacks = [stack for stack in find_stacks(model) if not any(part.startswith(f"{path}.") for part in stack.paths)]
+    inputs = replace(Inputs.of_decoder(model), encoded=type(made))
+    return first, _best(model, "", inputs, _hinted(stacks, hints, 1), made.last_hidden_state.shape[-1], hints)
 
 
-def find_layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and the ModuleList that holds the most parameters; the outermost one where several hold the same."""
-    best: tuple[int, str, nn.ModuleList] | None = None
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            size = sum(parameter.numel() for parameter in module.parameters())
-            if best is None or size > best[0]:
-                best = size, path, module
-    if best is None:
-        raise UnsupportedModelError("This model has no list of layers, so there is nowhere to cut it.")
-    return best[1], best[2]
+def _hinted(stacks: list[Stack], hints: Hints, side: int) -> list[Stack]:
+    if side >= len(hints.layer_stacks):
+        return stacks
+    found = [stack for stack in stacks if stack.path == hints.layer_stacks[side]]
+    if not found:
+        known = ", ".join(stack.path for stack in stacks)
+        raise UnsupportedModelError(f"There is no list of layers {hints.layer_stacks[side]}; there are {known}.")
+    return found
+
+
+def _made_by(module: nn.Module) -> Any:
+    """What a module makes of a short text."""
+    try:
+        with torch.no_grad(), GhostProducts(module):
+            return module(input_ids=torch.full((1, 7), FILLER), return_dict=True)
+    except Exception as error:  # any model's own code runs here
+        raise UnsupportedModelError(f"The model's forward fails without weights: {first_line(error)}") from error
+
+
+def _best(
+    model: PreTrainedModel, module: str, inputs: Inputs, stacks: Sequence[Stack], width: int | None, hints: Hints
+) -> Split:
+    """The split at the stack that leaves the least to be run twice; the largest stack where several are equal."""
+    found: list[tuple[int, Split]] = []
+    problem: UnsupportedModelError | None = None
+    for stack in stacks:
+        for with_cache in (True, False) if inputs.causal and not hints.replay else (False,):
+            try:
+                split = _Analysis(model, module, inputs, stack, width, with_cache).split()
+            except UnsupportedModelError as error:
+                problem = error if problem is None or not with_cache else problem
+                continue
+            found.append((_waste(model, split), split))
+            break
+        if found and found[-1][0] == 0:
+            break
+    if not found:
+        assert problem is not None
+        raise problem
+    return min(found, key=lambda entry: entry[0])[1]
+
+
+def _waste(model: nn.Module, split: Split) -> int:
+    """How many numbers the layers' blocks hold more than once, or have to compute with outside of their layers; more than
+    any of that where there is no cache.
+    """
+    sizes = {name: weight.numel() for name, weight in named_weights(model)}
+    needed: dict[str, set[str]] = {}  # by module: what is called more than once is needed more than once by nature
+    for call, extra in zip(split.calls, split.extra, strict=True):
+        own = {name for name in sizes if name.startswith(f"{call.path}.")}
+        needed.setdefault(call.path, set()).update(own, extra)
+    twice = sum(sizes[name] for names in needed.values() for name in names)
+    twice -= sum(sizes[name] for name in set().union(*needed.values()))
+    glue = sum(sizes[name] for extra in split.extra for name in extra)
+    return twice + glue + (sum(sizes.values()) if split.replays and split.inputs.causal else 0)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -123,162 +234,284 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((name, buffer) for name, buffer in model.named_buffers(remove_duplicate=False) if name in persistent)
 
 
-def forward_arguments(model: nn.Module) -> frozenset[str]:
-    """The names of the arguments that the model's own forward takes."""
-    return frozenset(inspect.signature(model.forward).parameters)
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many token ids the model knows."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        embeddings = None
+    weight = getattr(embeddings, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        return int(weight.shape[0])
+    return int(getattr(model.config.get_text_config(), "vocab_size", 0))
 
 
 def _name_weights(model: nn.Module) -> tuple[dict[int, str], tuple[tuple[str, str], ...]]:
-    """Canonical names by the weight's id, and the pairs (alias, canonical name)."""
+    """Canonical names by the weight's storage, and the pairs (alias, canonical name)."""
     names: dict[int, str] = {}
     tied: list[tuple[str, str]] = []
     for name, weight in named_weights(model):
-        if id(weight) in names:
-            tied.append((name, names[id(weight)]))
+        storage = weight.untyped_storage()._cdata
+        if storage in names:
+            tied.append((name, names[storage]))
         else:
-            names[id(weight)] = name
+            names[storage] = name
     return names, tuple(tied)
 
 
-def _refuse_foreign_reads(model: PreTrainedModel, probe: _Probe, names: dict[int, str], path: str) -> None:
-    """Refuse where a part needs another layer's weights, or the token ids, whose values only the stem is given."""
-    embedding = model.get_input_embeddings()
-    ids = names.get(id(getattr(embedding, "weight", None)))
-    parts = [("The stem", probe.stem, None), *((f"Layer {i}", reads, i) for i, reads in enumerate(probe.reads))]
-    for part, reads, layer in [*parts, ("The head", probe.head, None)]:
-        for name in sorted(reads):
-            if name.startswith(f"{path}.") and (layer is None or not name.startswith(f"{path}.{layer}.")):
-                raise UnsupportedModelError(f"{part} reads {name}, which belongs to another layer.")
-            if layer is not None and name == ids:
-                raise UnsupportedModelError(
-                    f"{part} reads the token embeddings ({name}) besides the earlier layer's result."
-                )
-
-
-class _Probe:
-    """One forward on ghosts: what went over every border, and which weights were read between two of them."""
+class _Analysis:
+    """One attempt: this stack of layers, with the model's cache or without."""
 
     def __init__(
-        self, model: PreTrainedModel, stack: nn.ModuleList, names: dict[int, str], batch: int, tokens: int
+        self, model: PreTrainedModel, module: str, inputs: Inputs, stack: Stack, width: int | None, with_cache: bool
     ) -> None:
-        self._names = names
-        self.entry: list[Place] = []
-        self.shapes: list[BorderShape] = []
-        self.stem: set[str] = set()
-        self.reads: list[set[str]] = []
-        result = self._run(model, stack, batch, tokens)
-        self.head = self._read_by([result.logits])
-        self.cache = _cache_argument(model, result)
-        self.state = _state_sizes(result[self.cache], len(stack), batch * tokens)
+        self._model = model
+        self._module = module
+        self._stack = stack
+        self._inputs = inputs
+        self._width = width
+        self._chunks = True
+        self._names, self._tied = _name_weights(model)
+        self._probe = Probe(model, model.get_submodule(module), stack, self._names)
+        self._make_cache: Callable[[PretrainedConfig], Cache] | None = None
+        self._states: list[State] = []
+        if with_cache:
+            self._find_cache()
+            self._passes = [*self._with_cache(SECOND, ONE), *self._with_cache(FIRST, MORE)]
+        else:
+            self._passes = [self._run(point, None) for point in (FIRST, SECOND, THIRD)]
 
-    def _run(self, model: PreTrainedModel, stack: nn.ModuleList, batch: int, tokens: int) -> Any:
-        with ExitStack() as undo:
-            undo.callback(stack[0].register_forward_pre_hook(self._before_layers, with_kwargs=True).remove)
-            for layer, module in enumerate(stack):
-                undo.callback(module.register_forward_hook(self._after_layer(layer)).remove)
-            undo.enter_context(_gradients_everywhere(model))
+    def split(self) -> Split:
+        self._require_alike()
+        probe, passes = self._probe, self._passes
+        calls = tuple(
+            Call(seen.path, seen.form, seen.maps, _shapes([(one.point, one.calls[number].tensors) for one in passes]))
+            for number, seen in enumerate(passes[0].calls)
+        )
+        reads = [_union(one.calls[number].reads for one in passes) for number in range(len(calls))]
+        head = _union(one.head for one in passes)
+        carried = self._carried()
+        parts = [*reads, head]
+        for number, part in enumerate(parts):
+            self._refuse_escapes(number, part)
+        stem = _union(value.sources for one in passes for value in one.carried)
+        return Split(
+            module=self._module,
+            layer_stack=self._stack.path,
+            calls=calls,
+            stem=self._weights(stem),
+            head=self._weights(head),
+            extra=tuple(
+                tuple(name for name in self._weights(part) if not name.startswith(f"{call.path}."))
+                for call, part in zip(calls, reads, strict=True)
+            ),
+            tied=self._tied,
+            inputs=self._inputs,
+            make_cache=self._make_cache,
+            state=tuple(self._states) or (State(),) * len(calls),
+            carried=carried,
+            borders=tuple(self._border(number, parts, calls, carried) for number in range(len(parts))),
+            chunks=self._chunks,
+            width=self._width,
+        )
+
+    # Running
+
+    def _run(self, point: Point, cache: Cache | None, *, use_cache: bool = False) -> Pass:
+        ids = torch.full((point.batch, point.tokens), FILLER)
+        positions = torch.arange(point.past, point.length)[None].expand(point.batch, -1)
+        encoded = None
+        if self._width is not None:
+            mask = torch.ones(point.batch, point.source, dtype=torch.long)
+            encoded = Encoded(torch.zeros(*mask.shape, self._width), mask)
+        arguments = self._inputs.arguments(
+            self._model, point, ids, cache, positions=positions, mask=None, encoded=encoded
+        )
+        if use_cache:
+            arguments["use_cache"] = True
+        return self._probe.run(point, arguments, self._inputs.ids, self._inputs.output)
+
+    def _find_cache(self) -> None:
+        """Which argument is the cache, and what makes one: seen from what the model makes when it is given none."""
+        if not self._inputs.use_cache:
+            raise UnsupportedModelError("The model keeps no state.")
+        result = self._run(FIRST, None, use_cache=True).result
+        caches = [(name, value) for name, value in result.items() if isinstance(value, Cache)]
+        if len(caches) != 1 or caches[0][0] not in self._inputs.takes:
+            raise UnsupportedModelError("The model keeps its state in something else than one of transformers' caches.")
+        name, cache = caches[0]
+        self._inputs = replace(self._inputs, cache=name)
+        self._make_cache = _maker(cache)
+
+    def _with_cache(self, *points: Point) -> list[Pass]:
+        assert self._make_cache is not None
+        cache = self._make_cache(self._model.config)
+        passes = []
+        for point in points:
             try:
-                result = model(input_ids=torch.zeros(batch, tokens, dtype=torch.long), use_cache=True, return_dict=True)
+                passes.append(self._run(point, cache))
             except UnsupportedModelError:
-                raise
-            except Exception as error:  # any model's own code runs here
-                raise UnsupportedModelError(
-                    f"The model's forward fails without weights: {first_line(error)}"
-                ) from error
-        if len(self.reads) != len(stack):
-            raise UnsupportedModelError(
-                f"The model ran {len(self.reads)} of its {len(stack)} layers: it does not call them one by one."
-            )
-        if not isinstance(getattr(result, "logits", None), torch.Tensor):
-            raise UnsupportedModelError("The model's forward returns no logits.")
-        return result
+                if point != MORE:
+                    raise
+                self._chunks = False  # behind a prompt it takes one token at a time
+            if not point.past:
+                self._measure(cache, point)
+        return passes
 
-    def _before_layers(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.shapes:
-            return None
-        call = (args, kwargs)
-        found = {place: tensor for place, tensor in tensors_at(call) if self._read_by([tensor])}
-        if not found:
-            raise UnsupportedModelError("What goes into the first layer does not come from the stem's weights.")
-        self.entry = list(found)
-        self.stem = self._read_by(list(found.values()))
-        self.shapes.append(shape_of(list(found.values()), None))
-        return replace_at(call, {place: _cut(tensor) for place, tensor in found.items()})
+    def _measure(self, cache: Cache, point: Point) -> None:
+        """Who keeps what. The second time, sizes at two points tell what grows with the text."""
+        entries: dict[int, list[int]] = {}
+        numbers: dict[int, int] = {}
+        for index, entry in enumerate(entries_of(cache)):
+            tensors = [tensor for tensor in _tensors_of(entry) if tensor.numel() > 1]
+            owners = self._probe.owners(entry)
+            if owners and type(entry) is DynamicLayer and entry.get_seq_length() != point.length:
+                raise UnsupportedModelError("The model's cache grows by another number of tokens than the text.")
+            if len(owners) > 1 or (tensors and not owners):
+                raise UnsupportedModelError(f"Entry {index} of the model's cache belongs to no single layer call.")
+            for owner in owners:
+                entries.setdefault(owner, []).append(index)
+                numbers[owner] = numbers.get(owner, 0) + sum(tensor.numel() for tensor in tensors)
+        calls = range(max(entries, default=-1) + 1)
+        if point == SECOND:
+            self._second_numbers = numbers
+            return
+        self._states = []
+        for call in calls:
+            one = numbers.get(call, 0) / point.batch
+            other = self._second_numbers.get(call, 0) / SECOND.batch
+            per_token = max(0, int((other - one) // (SECOND.tokens - point.tokens)))
+            per_row = max(0, int(one - per_token * point.tokens))
+            kept = tuple(entries.get(call, ()))
+            trims = all(_trims(entries_of(cache)[index]) for index in kept)
+            crossed = sum(_numel(_crossed(cache, index)) for index in kept)
+            per_source = crossed // (point.batch * point.source) if point.source else 0
+            self._states.append(State(kept, per_token, per_source, per_row, trims))
 
-    def _after_layer(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-        def cut_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if layer != len(self.reads):
-                raise UnsupportedModelError(f"The model calls layer {layer} where layer {len(self.reads)} is due.")
-            tensors, tree = flatten(output)
-            if not tensors:
-                raise UnsupportedModelError(f"Layer {layer} returns no tensor.")
-            self.reads.append(self._read_by(tensors))
-            self.shapes.append(shape_of(tensors, tree))
-            return rebuild([_cut(tensor) for tensor in tensors], tree)
+    # What was seen
 
-        return cut_output
+    def _require_alike(self) -> None:
+        first = self._passes[0]
+        for one in self._passes[1:]:
+            if [(call.path, call.form, call.maps) for call in one.calls] != [
+                (call.path, call.form, call.maps) for call in first.calls
+            ]:
+                raise UnsupportedModelError("Which layers the model calls, or what they return, changes with the text.")
+        count = len(first.calls)
+        self._states += [State()] * (count - len(self._states)) if self._make_cache else []
 
-    def _read_by(self, tensors: Iterable[torch.Tensor]) -> set[str]:
-        """Canonical names of the weights at the leaves of these tensors' graphs."""
-        tensors = list(tensors)
-        found = {self._names[id(tensor)] for tensor in tensors if id(tensor) in self._names}
-        seen: set[Any] = set()
-        waiting = [tensor.grad_fn for tensor in tensors]
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            name = self._names.get(id(getattr(node, "variable", None)))
-            if name is not None:
-                found.add(name)
-            waiting.extend(parent for parent, _ in node.next_functions)
-        return found
+    def _carried(self) -> tuple[CarriedValue, ...]:
+        """What any of the passes carried: a mask may be left out where it masks nothing."""
+        seen: dict[Carried, list[tuple[Point, SeenCarried]]] = {}
+        for one in self._passes:
+            for value in one.carried:
+                seen.setdefault(value.slot, []).append((one.point, value))
+        values = []
+        for slot, found in seen.items():
+            places = {tuple(value.places) for _, value in found}
+            if len(places) != 1:
+                raise UnsupportedModelError("What the stem passes to the layers changes with the text.")
+            shape = _shapes([(point, (value.tensor,)) for point, value in found])[0]
+            values.append(CarriedValue(slot, places.pop(), shape))
+        return tuple(sorted(values, key=lambda value: (value.slot.call, list(map(str, value.slot.place)))))
+
+    def _weights(self, sources: int) -> tuple[str, ...]:
+        read = {source.name for source in self._probe.sources.named(sources) if isinstance(source, Weight)}
+        return tuple(name for name in self._names.values() if name in read)
+
+    def _refuse_escapes(self, number: int, sources: int) -> None:
+        part = "The head" if number == len(self._passes[0].calls) else f"Layer call {number}"
+        for source in self._probe.sources.named(sources):
+            if isinstance(source, Inside):
+                raise UnsupportedModelError(f"{part} reads what layer call {source.call} made and did not return.")
+
+    def _border(
+        self, number: int, parts: list[int], calls: tuple[Call, ...], carried: tuple[CarriedValue, ...]
+    ) -> BorderShape:
+        """Whatever part ``number`` or a later one reads of the parts before."""
+        wanted = set(self._probe.sources.named(_union(parts[number:])))
+        slots: list[Slot] = [
+            slot
+            for call in range(number)
+            for index in range(len(calls[call].tensors))
+            if (slot := Returned(call, index)) in wanted
+        ]
+        slots += [
+            value.slot for value in carried if any(call >= number for call, _ in value.places) and value.slot in wanted
+        ]
+        if TokenIds() in wanted:
+            slots.append(TokenIds())
+        return BorderShape(tuple(slots), tuple(_shape(slot, calls, carried) for slot in slots))
 
 
-def _cut(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+def _shape(slot: Slot, calls: tuple[Call, ...], carried: tuple[CarriedValue, ...]) -> TensorShape:
+    match slot:
+        case Returned(call, index):
+            return calls[call].tensors[index]
+        case Carried():
+            return next(value.shape for value in carried if value.slot == slot)
+        case TokenIds():
+            return TensorShape((Size("batch", 1), Size("tokens", 1)), torch.int64)
 
 
-def _cache_argument(model: PreTrainedModel, result: Any) -> str:
-    caches = [name for name, value in result.items() if isinstance(value, Cache)]
-    if len(caches) != 1 or type(result[caches[0]]) is not DynamicCache:
-        raise UnsupportedModelError("The model keeps its state in something else than transformers' dynamic KV-cache.")
-    if caches[0] not in forward_arguments(model):
-        raise UnsupportedModelError(f"The model's forward returns {caches[0]} but does not take it back.")
-    return str(caches[0])
+def _shapes(seen: list[tuple[Point, tuple[torch.Tensor, ...]]]) -> tuple[TensorShape, ...]:
+    """The shapes of tensors that were seen at several points."""
+    shapes = []
+    points = [point for point, _ in seen]
+    for tensors in zip(*(tensors for _, tensors in seen), strict=True):
+        if len({(tensor.dim(), tensor.dtype) for tensor in tensors}) != 1:
+            raise UnsupportedModelError("What the layers return changes its structure with the number of tokens.")
+        sizes = tuple(
+            Size("?")  # seen once: nobody knows
+            if len(points) == 1
+            else Size.of([(point, tensor.shape[axis]) for point, tensor in zip(points, tensors, strict=True)])
+            for axis in range(tensors[0].dim())
+        )
+        shapes.append(TensorShape(sizes, tensors[0].dtype))
+    return tuple(shapes)
 
 
-def _state_sizes(cache: DynamicCache, layers: int, tokens: int) -> tuple[int, ...]:
-    """Numbers kept per row and token, layer by layer."""
-    if len(cache.layers) != layers:
-        raise UnsupportedModelError(f"The KV-cache has {len(cache.layers)} entries for {layers} layers.")
-    sizes = []
-    for layer, entry in enumerate(cache.layers):
-        if not isinstance(entry, DynamicLayer | DummyLayer):
-            raise UnsupportedModelError(f"Layer {layer} keeps a state that is no KV-cache ({type(entry).__name__}).")
-        kept = [tensor.numel() for tensor in (entry.keys, entry.values) if tensor is not None]
-        sizes.append(-(-sum(kept) // tokens))
-    return tuple(sizes)
+def _union(sources: Iterable[int]) -> int:
+    result = 0
+    for one in sources:
+        result |= one
+    return result
 
 
-@contextmanager
-def _gradients_everywhere(model: nn.Module) -> Iterator[None]:
-    """Autograd also where the model switches it off: some models read position tables under ``no_grad``."""
+def _tensors_of(entry: Any) -> Iterator[torch.Tensor]:
+    for value in vars(entry).values():
+        for part in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(part, torch.Tensor):
+                yield part
 
-    def enter(self: torch.no_grad) -> None:
-        self.prev = torch.is_grad_enabled()
 
-    weights = [weight for _, weight in named_weights(model) if weight.is_floating_point()]
-    flags = [weight.requires_grad for weight in weights]
-    original = torch.no_grad.__enter__
-    torch.no_grad.__enter__ = enter  # type: ignore[method-assign]
-    try:
-        with torch.enable_grad():
-            for weight in weights:
-                weight.requires_grad_(True)
-            yield
-    finally:
-        torch.no_grad.__enter__ = original  # type: ignore[method-assign]
-        for weight, flag in zip(weights, flags, strict=True):
-            weight.requires_grad_(flag)
+def _crossed(cache: Cache, index: int) -> Any:
+    return cache.cross_attention_cache.layers[index] if isinstance(cache, EncoderDecoderCache) else None
+
+
+def _numel(entry: Any) -> int:
+    return sum(tensor.numel() for tensor in _tensors_of(entry)) if entry is not None else 0
+
+
+def _trims(entry: Any) -> bool:
+    return not isinstance(entry, LinearAttentionCacheLayerMixin) and getattr(entry, "sliding_window", None) is None
+
+
+def _maker(cache: Cache) -> Callable[[PretrainedConfig], Cache]:
+    """What makes an empty cache like this one, as the model's own code would have."""
+    kind = type(cache)
+    if kind is DynamicCache:
+        return lambda config: DynamicCache(config=config)
+    if kind is not EncoderDecoderCache:
+        raise UnsupportedModelError(f"The model keeps its state in a {kind.__name__}, a cache of its own.")
+    crossed = cache.cross_attention_cache.layers
+    if any(type(layer) is not DynamicLayer for layer in crossed):
+        return lambda config: EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    count = len(crossed)
+
+    def make(config: PretrainedConfig) -> Cache:
+        plain = DynamicCache()
+        plain.layers.extend(DynamicLayer() for _ in range(count))
+        return EncoderDecoderCache(DynamicCache(config=config), plain)
+
+    return make

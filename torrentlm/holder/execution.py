@@ -1,22 +1,20 @@
 """One session's compute on one holder: the span's runner, its KV-cache and, at the head, the sampling.
 
-Everything here runs in the device's worker thread, one step at a time; only :meth:`Execution.order` and
-:meth:`Execution.needs_order` are called from the event loop.
+Everything here runs in the device's worker thread, one step at a time; only what tells what a step has to wait for, and
+what brings it, is called from the event loop.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torrentlm.compute.border import Logits, from_wire, to_wire
+from torrentlm.compute.border import Logits, from_wire, to_wire, unpack
 from torrentlm.compute.cache import SpanCache
 from torrentlm.errors import RefusedError
 from torrentlm.holder.head import Emission, HeadRun
 from torrentlm.holder.model import HeldModel
 from torrentlm.records import Span
-from torrentlm.wire.ids import extent_of, ids_tensor
-from torrentlm.wire.messages import Generate, Open, Step, Want
+from torrentlm.wire.ids import ids_tensor
+from torrentlm.wire.messages import Encoded, Generate, Open, Step, Want
 from torrentlm.wire.tensors import Tensor
 
 MAX_ORDERS = 4
@@ -28,7 +26,7 @@ class Result:
     client (none where it only wants to know that the step is done).
     """
 
-    border: tuple[tuple[Tensor, ...], Any] | None = None
+    border: tuple[Tensor, ...] | None = None
     emission: Emission | None = None
     fed: Tensor | None = None
     output: tuple[Tensor, ...] | None = None
@@ -51,7 +49,12 @@ class Execution:
         self._max_length = opened.max_length
         self._pads = opened.pads
         tables = 2 * 8 * opened.batch * opened.max_length  # the mask and the positions
-        self.kv_bytes = self._runner.cache_bytes(opened.batch, opened.max_length) + tables
+        self._source = opened.source
+        if bool(opened.source) != self._model.is_decoder(span):
+            raise RefusedError(
+                "a decoder's session says how much the encoder has read, and no other does", "bad_request"
+            )
+        self.kv_bytes = self._runner.cache_bytes(opened.batch, opened.max_length, opened.source) + tables
         self._cache: SpanCache
         self._orders: dict[int, Generate] = {}
         self._head_run: HeadRun | None = None
@@ -60,9 +63,19 @@ class Execution:
         """Take the room that ``kv_bytes`` announced; nothing large is allocated before. Raises RefusedError."""
         self._cache = self._runner.open(self._batch, self._max_length, self._pads)
 
+    def encoded(self, message: Encoded) -> None:
+        """What the encoder made. Raises RefusedError or RemoteProtocolError for what does not fit this session."""
+        self._cache.encoded = self._runner.encoded(
+            self._cache, self._source, [unpack(part) for part in message.tensors]
+        )
+
     @property
     def is_head(self) -> bool:
-        return self.span.last == self._model.last_block
+        return self._runner.has_head
+
+    @property
+    def is_stem(self) -> bool:
+        return self._runner.has_stem
 
     def order(self, order: Generate) -> None:
         """What to sample in an epoch. The device may still be busy with an older one, so a few are kept.
@@ -81,11 +94,17 @@ class Execution:
         for epoch in sorted(self._orders)[:-MAX_ORDERS]:
             del self._orders[epoch]
 
-    def needs_order(self, step: Step) -> bool:
+    def lacks(self, step: Step) -> str:
+        """What has to come before this step can run, "" if nothing."""
+        if self._source and self._cache.encoded is None:
+            return "what the encoder made"
+        return "what to sample" if self._needs_order(step) else ""
+
+    def _needs_order(self, step: Step) -> bool:
         return self._emits(step) and step.epoch not in self._orders
 
     def _emits(self, step: Step) -> bool:
-        return self.is_head and step.want == Want.SAMPLE and step.position + extent_of(step)[1] > step.emit_from
+        return self.is_head and step.want == Want.SAMPLE and step.position + step.tokens > step.emit_from
 
     def run(self, step: Step) -> Result:
         """Run one step. Raises RefusedError or RemoteProtocolError if its tensors cannot be this span's input."""
@@ -96,21 +115,21 @@ class Execution:
             raise RefusedError(f"this session's cache ends at {self._cache.length}", "bad_request")
         if step.reorder is not None:
             runner.reorder(self._cache, step.reorder)
-        given = from_wire(step.tensors, step.tree, runner.expects(self._batch, extent_of(step)[1]))
+        given = from_wire(step.tensors, ids=runner.has_stem)
         emits = self._emits(step)
         want = Want.LOGITS_LAST if emits else Want.NONE if step.want == Want.SAMPLE else step.want
-        result = runner.forward(self._cache, given, want=want)
+        result = runner.forward(self._cache, given, step.tokens, want=want)
         if not self.is_head:
-            tensors, tree = to_wire(result)
-            return Result(output=tensors) if step.want == Want.HIDDEN else Result(border=(tensors, tree))
+            tensors = to_wire(result)
+            return Result(output=tensors) if step.want == Want.HIDDEN else Result(border=tensors)
         if isinstance(result, Logits) and emits:
-            emission = self._run_of(step.epoch).emit(result.logits, step.position + extent_of(step)[1])
+            emission = self._run_of(step.epoch).emit(result.logits, step.position + step.tokens)
             return Result(emission=emission, fed=ids_tensor([[token] for token in emission.tokens]))
         if step.want == Want.NONE:
             return Result(output=())
         if step.want == Want.SAMPLE:
             return Result()
-        return Result(output=to_wire(result)[0])
+        return Result(output=to_wire(result))
 
     def _run_of(self, epoch: int) -> HeadRun:
         order = self._orders.get(epoch)

@@ -13,7 +13,7 @@ import torch
 from torrentlm.compute.border import DTYPES
 from torrentlm.compute.skeleton import read_config
 from torrentlm.compute.span import SpanRunner
-from torrentlm.compute.split import Split, analyse
+from torrentlm.compute.split import Hints, Split, analyse_sides
 from torrentlm.compute.tokenizer import load_tokenizer
 from torrentlm.errors import RefusedError
 from torrentlm.manifest.manifest import Manifest
@@ -50,13 +50,12 @@ class HeldModel:
         self._folder = folder
         self._paths = dict(paths)
         self._config: Any = read_config(folder)
-        self._split: Split = analyse(self._config)
+        self._sides: tuple[Split, ...] = analyse_sides(self._config, hints_of(manifest))
         self._runners: OrderedDict[Span, SpanRunner] = OrderedDict()
-        self.runner(span)
-
-    @property
-    def last_block(self) -> int:
-        return len(self.manifest.blocks) - 1
+        for side in range(len(manifest.sides)):
+            blocks = manifest.side_blocks(side)
+            if span.first <= blocks.last and blocks.first <= span.last:
+                self.runner(Span(max(span.first, blocks.first), min(span.last, blocks.last)))
 
     @property
     def max_length(self) -> int | None:
@@ -80,18 +79,30 @@ class HeldModel:
         self._runners.move_to_end(span)
         return runner
 
+    def is_decoder(self, span: Span) -> bool:
+        """Whether these blocks are of an encoder-decoder's decoder."""
+        return self.manifest.side_of(span.first) > 0
+
+    def split_of(self, block: int) -> Split:
+        """How the side that a block belongs to is cut."""
+        return self._sides[self.manifest.side_of(block)]
+
     def _build(self, span: Span) -> SpanRunner:
-        entries = self.manifest.blocks[span.first : span.last + 1]
+        manifest = self.manifest
+        if manifest.side_of(span.first) != manifest.side_of(span.last):
+            raise RefusedError(
+                f"blocks {span} belong to the encoder and the decoder: a hop has those of one", "no_block"
+            )
+        split = self.split_of(span.first)
+        entries = manifest.blocks[span.first : span.last + 1]
         layers = [entry.layers for entry in entries if entry.layers is not None]
-        files = [
-            (self._paths[self.manifest.files[used.file].name], used.names) for entry in entries for used in entry.files
-        ]
+        files = [(self._paths[manifest.files[used.file].name], used.names) for entry in entries for used in entry.files]
         # A span of the stem alone ends before layer 0, one of the head alone begins behind the last.
-        first = layers[0].first if layers else (0 if entries[0].kind == "stem" else self._split.layers)
+        first = layers[0].first if layers else (0 if entries[0].kind == "stem" else split.layers)
         last = layers[-1].last if layers else first - 1
         return SpanRunner(
             self._config,
-            self._split,
+            split,
             first,
             last,
             has_stem=entries[0].kind == "stem",
@@ -100,3 +111,10 @@ class HeldModel:
             dtype=DTYPES[self.precision],
             device=self.device,
         )
+
+
+def hints_of(manifest: Manifest) -> Hints:
+    """What the publisher's analysis found, for that of a holder, which may run another version of this program."""
+    stacks = tuple(side.layer_stack for side in manifest.sides)
+    replay = manifest.blocks[-1].rewind == "replay"  # an encoder keeps no state anyway
+    return Hints(stacks, encoder=manifest.task == "encoder", replay=replay)

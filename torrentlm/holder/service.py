@@ -20,9 +20,9 @@ from torrentlm.holder.failures import explain, failure
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.session import Session
 from torrentlm.records import NodeKey, SessionId
-from torrentlm.wire.ids import extent_of
 from torrentlm.wire.messages import (
     Close,
+    Encoded,
     Fail,
     Generate,
     Halt,
@@ -45,8 +45,8 @@ MAX_QUEUED_BYTES = 512 << 20
 """Of all sessions together. A client keeps a few chunks of its prompt under way, see docs/protocol.md."""
 TELL_LIMIT_S = 2.0
 REAP_EVERY_S = 1.0
-GENERATE_WAIT_S = 10.0
-"""How long the head waits for the client's Generate when the activations overtook it."""
+CLIENT_WAIT_S = 10.0
+"""How long a step waits for what the client says beside it (Generate, Encoded) when the activations overtook that."""
 
 
 class Outbox(Protocol):
@@ -144,6 +144,8 @@ class Holder:
                 await self._step(sender, message)
             case Generate() if live := self._of_client(sender, message.session):
                 await self._order(live, message)
+            case Encoded() if live := self._of_client(sender, message.session):
+                await self._encoded(live, message)
             case Halt():
                 await self._halt(sender, message)
             case Renew():
@@ -164,6 +166,13 @@ class Holder:
             live.execution.order(order)
         except RefusedError as error:
             await self._fail(live, order.epoch, *explain(error))
+        live.wake()
+
+    async def _encoded(self, live: _Live, message: Encoded) -> None:
+        try:
+            live.execution.encoded(message)
+        except (RefusedError, RemoteProtocolError) as error:
+            await self._fail(live, live.session.epoch, *explain(error))
         live.wake()
 
     async def _next_failed(self, sender: NodeKey, message: Fail) -> None:
@@ -222,6 +231,7 @@ class Holder:
             id=message.session,
             client=client,
             span=execution.span,
+            has_stem=execution.is_stem,
             prev=frozenset(message.prev),
             next=message.next,
             batch=message.batch,
@@ -253,10 +263,9 @@ class Holder:
             await self._tell(sender, fail, step.session)
             return
         try:
-            rows, tokens = extent_of(step)
             if sum(live.queued_bytes for live in self._live.values()) + step.nbytes > MAX_QUEUED_BYTES:
                 raise RefusedError("too much input waits here: send less of a prompt at once", "busy")  # noqa: TRY301
-            if live.session.admit(sender, step.epoch, step.position, tokens, rows):
+            if live.session.admit(sender, step.epoch, step.position, step.tokens):
                 live.queue.send_nowait(step)
                 live.queued_bytes += step.nbytes
         except (RefusedError, RemoteProtocolError) as error:
@@ -293,7 +302,7 @@ class Holder:
     async def _advance(self, live: _Live, step: Step) -> tuple[str, str] | None:
         """Run one step and send on what it gave; a failure's code and sentence if that cannot be."""
         try:
-            await self._await_order(live, step)
+            await self._await_all(live, step)
             result = await self._device.run(live.execution.run, step)
             if not live.session.is_stale(step.epoch):
                 await self._deliver(live, step, result)
@@ -302,18 +311,21 @@ class Holder:
             return explain(error)
         return None
 
-    async def _await_order(self, live: _Live, step: Step) -> None:
-        if not live.execution.needs_order(step):
-            return
-        with trio.move_on_after(GENERATE_WAIT_S):
-            while live.execution.needs_order(step) and not live.session.is_stale(step.epoch):
+    async def _await_all(self, live: _Live, step: Step) -> None:
+        """Wait for what the client sends beside the steps and may have been overtaken by one."""
+
+        def lacking() -> str:
+            return "" if live.session.is_stale(step.epoch) else live.execution.lacks(step)
+
+        with trio.move_on_after(CLIENT_WAIT_S):
+            while lacking():
                 await live.changed.wait()
-        if live.execution.needs_order(step) and not live.session.is_stale(step.epoch):
-            raise RefusedError("the head was never told what to sample", "bad_request")
+        if what := lacking():
+            raise RefusedError(f"this holder was never told {what}", "bad_request")
 
     async def _deliver(self, live: _Live, step: Step, result: Result) -> None:
         session, hop = live.session, live.session.next
-        after = step.position + extent_of(step)[1]
+        after = step.position + step.tokens
         if result.emission is not None:
             emission = result.emission
             token = Token(session.id, step.epoch, after, emission.index, emission.tokens, emission.finish)
@@ -325,11 +337,10 @@ class Holder:
                 return
             if hop is not None and result.fed is not None:
                 # The next lap first: the client's copy of the token is not on the critical path.
-                fed = Step(hop.session, step.epoch, after, step.emit_from, Want.SAMPLE, None, (result.fed,))
+                fed = Step(hop.session, step.epoch, after, step.emit_from, Want.SAMPLE, None, (result.fed,), 1)
                 await self._outbox.send(hop.node, fed, hop.session)
             await self._outbox.send(session.client, token, session.id)
         elif result.border is not None and hop is not None and not live.execution.is_head:
-            tensors, tree = result.border
             onward = Step(
                 session=hop.session,
                 epoch=step.epoch,
@@ -337,8 +348,8 @@ class Holder:
                 emit_from=step.emit_from,
                 want=step.want,
                 reorder=step.reorder,
-                tensors=tensors,
-                tree=tree,
+                tensors=result.border,
+                tokens=step.tokens,
             )
             await self._outbox.send(hop.node, onward, hop.session)
         elif result.output is not None:

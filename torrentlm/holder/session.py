@@ -33,6 +33,7 @@ class Session:
     id: SessionId
     client: NodeKey
     span: Span
+    has_stem: bool
     prev: frozenset[NodeKey]
     next: NextHop | None
     batch: int
@@ -62,8 +63,8 @@ class Session:
         """Authority is per holder: only the predecessor that the client named, and the client."""
         return sender == self.client or sender in self.prev
 
-    def admit(self, sender: NodeKey, epoch: int, position: int, tokens: int, rows: int) -> bool:
-        """Whether a step of ``tokens`` new tokens for each of ``rows`` rows is to run; if so it is accounted for.
+    def admit(self, sender: NodeKey, epoch: int, position: int, tokens: int) -> bool:
+        """Whether a step of ``tokens`` new tokens per row is to run; if so it is accounted for.
 
         Raises RefusedError if the step can never run: not from the predecessor, past ``max_length``, or with a gap
         before it.
@@ -72,7 +73,7 @@ class Session:
             raise RefusedError("this peer may not send steps to this session", "bad_request")
         if self.is_stale(epoch):
             return False
-        if epoch > self.epoch and self.span.first == 0 and sender != self.client:
+        if epoch > self.epoch and self.has_stem and sender != self.client:
             raise RefusedError("only the client begins another epoch", "bad_request")
         if epoch == self.epoch and position < self.position:
             return False  # a step that arrived twice
@@ -80,8 +81,6 @@ class Session:
             raise RefusedError(
                 f"the step starts at position {position}, but this session holds {self.position} tokens", "bad_request"
             )
-        if rows != self.batch:
-            raise RefusedError(f"the step has {rows} rows, but this session was opened for {self.batch}", "bad_request")
         if position + tokens > self.max_length:
             raise RefusedError(
                 f"the text would reach {position + tokens} tokens, but this session was opened for {self.max_length}: "

@@ -26,9 +26,9 @@ MAX_BLOCKS = 16_384
 MAX_FILES = 65_536
 MAX_TENSORS = 262_144  # of all layouts, and of all blocks, where a tensor counts for every block that has it
 MAX_TEXT = 512  # characters of any name
-TASK = "causal-lm"
-
 Kind: TypeAlias = Literal["stem", "layers", "head"]
+Task: TypeAlias = Literal["causal-lm", "encoder", "seq2seq"]
+Rewind: TypeAlias = Literal["trim", "snapshot", "replay"]
 _T = TypeVar("_T")
 
 
@@ -75,30 +75,69 @@ class BlockFile:
 
 @dataclass(frozen=True, slots=True)
 class BlockEntry:
-    """One block. ``layers`` are the layer numbers of a block of kind ``layers``, None for the stem and the head."""
+    """One block. ``layers`` are the layer calls of a block of kind ``layers``, None for the stem and the head.
+
+    ``rewind`` is how the block's state goes back to an earlier token: it can be cut anywhere ("trim"), it can go back
+    over the latest steps ("snapshot"), or it has none and runs the whole text in every step ("replay").
+    """
 
     kind: Kind
     layers: Span | None
     files: tuple[BlockFile, ...]
+    rewind: Rewind = "trim"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One run of blocks from a stem to a head: the whole model, or the encoder and then the decoder of one that has both.
+
+    ``layer_stack`` is the path of the list of layers in the module tree (several lists are joined by "+"), ``layers``
+    the number of layer calls, ``chunks`` whether a prompt may come in parts, ``encoder`` whether the model is called once
+    for each text.
+    """
+
+    layer_stack: str
+    layers: int
+    chunks: bool = True
+    encoder: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What a model torrent's ``manifest.msgpack`` says. Blocks run in order: the stem, the layers, the head.
 
-    ``architecture`` is transformers' class name, ``dtype`` the weights' (safetensors' name), ``layer_stack`` the path
-    of the list of layers in the module tree, ``layers`` its length. ``layouts`` are those of the files, each once.
+    ``architecture`` is transformers' class name, ``dtype`` the weights' (safetensors' name). ``layouts`` are those of the
+    files, each once.
     """
 
     name: str
     architecture: str
     dtype: str
-    layer_stack: str
-    layers: int
+    sides: tuple[Side, ...]
     blocks: tuple[BlockEntry, ...]
     files: tuple[FileEntry, ...]
     layouts: tuple[Layout, ...]
-    task: str = TASK
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        if len(self.sides) > 1:
+            return "seq2seq"
+        return "encoder" if self.sides[0].encoder else "causal-lm"
+
+    @property
+    def layers(self) -> int:
+        """Layer calls of all sides."""
+        return sum(side.layers for side in self.sides)
+
+    def side_blocks(self, side: int) -> Span:
+        """The blocks of one side."""
+        stems = [block for block, entry in enumerate(self.blocks) if entry.kind == "stem"]
+        return Span(stems[side], [*stems[1:], len(self.blocks)][side] - 1)
+
+    def side_of(self, block: int) -> int:
+        """The side that a block belongs to."""
+        return sum(entry.kind == "stem" for entry in self.blocks[: block + 1]) - 1
 
     @property
     def size(self) -> int:
@@ -137,6 +176,7 @@ class Manifest:
                 "files": [{"file": used.file, "names": [list(pair) for pair in used.names]} for used in block.files],
                 "kind": block.kind,
                 "layers": None if block.layers is None else [block.layers.first, block.layers.last],
+                "rewind": block.rewind,
             }
             for block in self.blocks
         ]
@@ -150,11 +190,12 @@ class Manifest:
             "blocks": blocks,
             "dtype": self.dtype,
             "files": files,
-            "layer_stack": self.layer_stack,
-            "layers": self.layers,
             "layouts": layouts,
             "name": self.name,
-            "task": self.task,
+            "sides": [
+                {"chunks": side.chunks, "encoder": side.encoder, "layer_stack": side.layer_stack, "layers": side.layers}
+                for side in self.sides
+            ],
             "version": VERSION,
         }
         return bytes(msgpack.packb(content))
@@ -179,25 +220,30 @@ def _read(data: bytes) -> Manifest:
     content = msgpack.unpackb(data, max_str_len=4 * MAX_TEXT, max_bin_len=32, max_array_len=MAX_TENSORS, max_map_len=16)
     if isinstance(content, dict) and content.get("version") != VERSION:
         raise ValueError(f"it is of version {content.get('version')!r:.20}, this torrentlm reads version {VERSION}")
-    fields = _Fields(content, "architecture blocks dtype files layer_stack layers layouts name task version")
+    fields = _Fields(content, "architecture blocks dtype files layouts name sides version")
     return Manifest(
         name=fields.text("name"),
         architecture=fields.text("architecture"),
         dtype=fields.text("dtype"),
-        layer_stack=fields.text("layer_stack"),
-        layers=fields.number("layers"),
+        sides=tuple(_read_side(item) for item in fields.items("sides", 2)),
         blocks=tuple(_read_block(item) for item in fields.items("blocks", MAX_BLOCKS)),
         files=tuple(_read_file(item) for item in fields.items("files", MAX_FILES)),
         layouts=tuple(_read_layouts(fields.items("layouts", MAX_FILES))),
-        task=fields.text("task"),
     )
 
 
+def _read_side(item: object) -> Side:
+    fields = _Fields(item, "chunks encoder layer_stack layers")
+    return Side(fields.text("layer_stack"), fields.number("layers"), fields.flag("chunks"), fields.flag("encoder"))
+
+
 def _read_block(item: object) -> BlockEntry:
-    fields = _Fields(item, "files kind layers")
-    kind, layers = fields.text("kind"), fields.value("layers")
+    fields = _Fields(item, "files kind layers rewind")
+    kind, layers, rewind = fields.text("kind"), fields.value("layers"), fields.text("rewind")
     if kind not in get_args(Kind):
         raise ValueError(f"there is no kind of block {kind!r}")
+    if rewind not in get_args(Rewind):
+        raise ValueError(f"there is no way to rewind called {rewind!r}")
     files = []
     for entry in fields.items("files", MAX_FILES):
         used = _Fields(entry, "file names")
@@ -205,7 +251,8 @@ def _read_block(item: object) -> BlockEntry:
         if any(len(prefix) > MAX_TEXT for pair in names for prefix in pair):
             raise ValueError("a prefix of tensors' names is too long")
         files.append(BlockFile(used.number("file"), tuple((first, second) for first, second in names)))
-    return BlockEntry(cast(Kind, kind), None if layers is None else Span(*_exactly(layers, int, int)), tuple(files))
+    span = None if layers is None else Span(*_exactly(layers, int, int))
+    return BlockEntry(cast(Kind, kind), span, tuple(files), cast(Rewind, rewind))
 
 
 def _read_file(item: object) -> FileEntry:
@@ -247,21 +294,22 @@ def _read_tensor(item: object) -> TensorSpec:
 
 def _check(manifest: Manifest) -> None:
     """What must hold between the parts: ValueError with the first that does not."""
-    if manifest.task != TASK:
-        raise ValueError(f"its task is {manifest.task!r}")
     if manifest.dtype not in DTYPE_BYTES:
         raise ValueError(f"its dtype is {manifest.dtype!r}")
-    if not all(part.isidentifier() or part.isdigit() for part in manifest.layer_stack.split(".")):
-        raise ValueError("its layer stack is not a path in a module tree")
+    for side in manifest.sides:
+        if not all(part.isidentifier() or part.isdigit() for part in re.split(r"[.+]", side.layer_stack)):
+            raise ValueError("its layer stack is not a path in a module tree")
     if not all(re.fullmatch(r"[0-9a-f]{64}\.safetensors", file.name) for file in manifest.files):
         raise ValueError("a file is not named by its content's hash")
     if len({file.name for file in manifest.files}) != len(manifest.files):
         raise ValueError("a file is listed twice")
-    kinds = [block.kind for block in manifest.blocks]
-    if len(kinds) < 3 or kinds != ["stem", *["layers"] * (len(kinds) - 2), "head"]:
-        raise ValueError("its blocks are not a stem, layers and a head")
-    if _layers_covered(manifest.blocks) != manifest.layers:
-        raise ValueError("its blocks do not cover every layer")
+    kinds = "".join(block.kind[0] for block in manifest.blocks)
+    if not re.fullmatch(f"(sl+h){{{max(1, len(manifest.sides))}}}", kinds):
+        raise ValueError("its blocks are not a stem, layers and a head for each side")
+    for number, side in enumerate(manifest.sides):
+        blocks = manifest.side_blocks(number)
+        if _layers_covered(manifest.blocks[blocks.first : blocks.last + 1]) != side.layers:
+            raise ValueError("its blocks do not cover every layer")
     used = [used.file for block in manifest.blocks for used in block.files]
     if set(used) != set(range(len(manifest.files))):
         raise ValueError("its blocks and its list of files disagree")
@@ -346,6 +394,9 @@ class _Fields:
         if not 0 <= value < 1 << 63:
             raise ValueError(f"{key} is out of range")
         return value
+
+    def flag(self, key: str) -> bool:
+        return self._typed(key, bool)
 
     def digest(self, key: str, size: int) -> bytes:
         value = self._typed(key, bytes)

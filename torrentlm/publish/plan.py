@@ -6,7 +6,7 @@ layer's tensors have a file to themselves, so that it depends on nothing but tha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torrentlm.compute.split import Split
@@ -44,30 +44,34 @@ class Plan:
     left_out: tuple[str, ...]
 
 
-def plan(stored: Collection[str], weights: Collection[str], split: Split, layers_per_block: int) -> Plan:
+def plan(stored: Collection[str], weights: Collection[str], sides: Sequence[Split], layers_per_block: int) -> Plan:
     """Distribute a checkpoint's tensors, named ``stored``, over blocks of at most ``layers_per_block`` layers.
 
     ``weights`` are all names that the model itself has, aliases included. Raises ArtifactError when a weight is
     missing, UnsupportedModelError when the checkpoint uses other names than the model.
     """
-    checkpoint_names = _match(stored, weights, split)
-    spans = [
-        Span(first, min(first + layers_per_block, split.layers) - 1)
-        for first in range(0, split.layers, layers_per_block)
-    ]
-    readers = _readers(checkpoint_names, split, spans)
+    checkpoint_names = _match(stored, weights, sides[0])
+    kinds: list[tuple[Kind, Span | None]] = []
+    readers: dict[str, set[int]] = {name: set() for name in checkpoint_names}
+    for split in sides:
+        spans = [
+            Span(first, min(first + layers_per_block, split.layers) - 1)
+            for first in range(0, split.layers, layers_per_block)
+        ]
+        _add_readers(readers, split, spans, len(kinds))
+        kinds += [("stem", None), *(("layers", span) for span in spans), ("head", None)]
+    layer_of = _layer_prefixes(readers, sides)
     groups: dict[tuple[tuple[int, ...], bool], list[str]] = {}
     for name, blocks in readers.items():
         if blocks:
-            groups.setdefault((blocks, _is_layers(name, split)), []).append(name)
+            groups.setdefault((tuple(sorted(blocks)), name in layer_of), []).append(name)
     files: list[PlannedFile] = []
-    used: list[list[int]] = [[] for _ in range(len(spans) + 2)]
+    used: list[list[int]] = [[] for _ in kinds]
     for (blocks, in_layer), names in sorted(groups.items()):
-        relative, pairs = _layer_names(names, split, spans[blocks[0] - 1]) if in_layer else _other_names(names, split)
+        relative, pairs = _layer_names(names, layer_of) if in_layer else _other_names(names, sides[0])
         files.append(PlannedFile({relative[name]: checkpoint_names[name] for name in names}, pairs))
         for block in blocks:
             used[block].append(len(files) - 1)
-    kinds: list[tuple[Kind, Span | None]] = [("stem", None), *(("layers", span) for span in spans), ("head", None)]
     published = {checkpoint_names[name] for name, blocks in readers.items() if blocks}
     return Plan(
         tuple(PlannedBlock(kind, span, tuple(own)) for (kind, span), own in zip(kinds, used, strict=True)),
@@ -94,45 +98,42 @@ def _match(stored: Collection[str], weights: Collection[str], split: Split) -> d
     return found
 
 
-def _readers(names: Collection[str], split: Split, spans: list[Span]) -> dict[str, tuple[int, ...]]:
-    """The blocks that read each weight, in the model's order of names."""
-    block_of = {layer: block for block, span in enumerate(spans, 1) for layer in span}
-    readers: dict[str, set[int]] = {name: set() for name in names}
-    own = {f"{split.layer_stack}.{layer}.": block for layer, block in block_of.items()}
-    for name in names:
-        if _is_layers(name, split):
-            prefix = ".".join(name.split(".")[: split.layer_stack.count(".") + 2]) + "."
-            readers[name].add(own[prefix])
-    for block, read in ((0, split.stem), (len(spans) + 1, split.head)):
+def _add_readers(readers: dict[str, set[int]], split: Split, spans: Sequence[Span], stem: int) -> None:
+    """Add one side's blocks, of which block ``stem`` is the first, to those that read each weight."""
+    block_of = {layer: block for block, span in enumerate(spans, stem + 1) for layer in span}
+    for layer, block in block_of.items():
+        prefix = split.layer_prefix(layer)
+        for name in readers:
+            if name.startswith(prefix):
+                readers[name].add(block)
+        for alias, name in split.tied:
+            if alias.startswith(prefix):
+                readers[name].add(block)
+    for block, read in ((stem, split.stem), (stem + len(spans) + 1, split.head)):
         for name in read:
             readers[name].add(block)
     for layer, read in enumerate(split.extra):
         for name in read:
             readers[name].add(block_of[layer])
-    return {name: tuple(sorted(blocks)) for name, blocks in readers.items()}
 
 
-def _is_layers(name: str, split: Split) -> bool:
-    return name.startswith(f"{split.layer_stack}.")
+def _layer_prefixes(names: Iterable[str], sides: Sequence[Split]) -> dict[str, str]:
+    """The prefix of the layer that each weight belongs to, for those that belong to one."""
+    prefixes = list(dict.fromkeys(split.layer_prefix(layer) for split in sides for layer in range(split.layers)))
+    return {name: prefix for name in names for prefix in prefixes if name.startswith(prefix)}
 
 
-def _layer_names(names: list[str], split: Split, span: Span) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
-    """Names relative to the layer; where a block has several layers, after the layer's place in the block."""
-    pairs = tuple(
-        (f"{place}." if len(span) > 1 else "", f"{split.layer_stack}.{layer}.") for place, layer in enumerate(span)
-    )
-    relative = {
-        name: in_file + name.removeprefix(prefix)
-        for name in names
-        for in_file, prefix in pairs
-        if name.startswith(prefix)
-    }
-    return relative, pairs
+def _layer_names(names: list[str], layer_of: Mapping[str, str]) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
+    """Names relative to the layer; where a file has several layers, after the layer's place among them."""
+    prefixes = list(dict.fromkeys(layer_of[name] for name in names))
+    in_file = {prefix: f"{place}." if len(prefixes) > 1 else "" for place, prefix in enumerate(prefixes)}
+    relative = {name: in_file[layer_of[name]] + name.removeprefix(layer_of[name]) for name in names}
+    return relative, tuple((in_file[prefix], prefix) for prefix in prefixes)
 
 
 def _other_names(names: list[str], split: Split) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
     """Names without the prefix that the layer stack has too ("model."), if the way back is unambiguous."""
-    parent = split.layer_stack.rpartition(".")[0]
+    parent = split.layer_stack.partition("+")[0].rpartition(".")[0]
     prefix = f"{parent}." if parent else ""
     relative = {name: name.removeprefix(prefix) for name in names}
     pairs = [("", prefix)] if any(name.startswith(prefix) for name in names) else [("", "")]

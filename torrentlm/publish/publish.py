@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 from torrentlm.compute.skeleton import build_skeleton, read_config
-from torrentlm.compute.split import Split, analyse, named_weights
+from torrentlm.compute.split import Split, analyse_sides, named_weights
 from torrentlm.config import Recipe
 from torrentlm.errors import ArtifactError, StorageError, UnsupportedModelError
 from torrentlm.manifest import canonical
 from torrentlm.manifest.canonical import TensorSpec
-from torrentlm.manifest.manifest import FILE_NAME, BlockEntry, BlockFile, FileEntry, Manifest
+from torrentlm.manifest.manifest import FILE_NAME, BlockEntry, BlockFile, FileEntry, Manifest, Side
 from torrentlm.manifest.torrent import Torrent, multi_file, safe_name
 from torrentlm.publish.checkpoint import Checkpoint
 from torrentlm.publish.convert import TORCH_DTYPES, converted
@@ -77,7 +77,7 @@ class _Model:
 
     architecture: str
     shapes: Mapping[str, tuple[int, ...]]
-    split: Split
+    sides: tuple[Split, ...]
     settings: dict[str, object]
 
 
@@ -88,7 +88,7 @@ def _publish(recipe: Recipe, location: Location, store: Store, staging: Path, pr
     model = _understand(payload["config.json"], recipe.dtype, staging)
     payload["config.json"] = to_json(model.settings)
     _check_shapes(source, model)
-    planned = plan(source.tensors, model.shapes, model.split, recipe.layers_per_block)
+    planned = plan(source.tensors, model.shapes, model.sides, recipe.layers_per_block)
     specs = {name: converted(spec, recipe.dtype) for name, spec in source.tensors.items()}
     layouts = [
         canonical.layout(replace(specs[stored], name=name) for name, stored in file.tensors.items())
@@ -119,7 +119,7 @@ def _understand(config_json: bytes, dtype: str | None, staging: Path) -> _Model:
         settings.pop("torch_dtype", None)
         settings["dtype"] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
     shapes = {name: tuple(weight.shape) for name, weight in named_weights(skeleton)}
-    return _Model(type(skeleton).__name__, shapes, analyse(config), settings)
+    return _Model(type(skeleton).__name__, shapes, analyse_sides(config), settings)
 
 
 def _check_shapes(source: Source, model: _Model) -> None:
@@ -187,21 +187,19 @@ def _manifest(
         number = numbers.setdefault(layout, len(numbers))
         files.setdefault(torrent.name, FileEntry(torrent.name, torrent.size, torrent.v1, torrent.v2, number))
     index_of = {file: index for index, file in enumerate(files)}  # equal layers are one file
-    blocks = tuple(
-        BlockEntry(
-            block.kind,
-            block.layers,
-            tuple(BlockFile(index_of[torrents[file].name], planned.files[file].names) for file in block.files),
-        )
-        for block in planned.blocks
-    )
+    sides = iter(model.sides)
+    blocks = []
+    for block in planned.blocks:
+        if block.kind == "stem":
+            split = next(sides)
+        used = tuple(BlockFile(index_of[torrents[file].name], planned.files[file].names) for file in block.files)
+        blocks.append(BlockEntry(block.kind, block.layers, used, split.rewind(block.layers or ())))
     return Manifest(
         name,
         model.architecture,
         dtype,
-        model.split.layer_stack,
-        model.split.layers,
-        blocks,
+        tuple(Side(split.layer_stack, split.layers, split.chunks, not split.inputs.causal) for split in model.sides),
+        tuple(blocks),
         tuple(files.values()),
         tuple(numbers),
     )

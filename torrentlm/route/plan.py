@@ -39,8 +39,9 @@ def _costs(candidate: Candidate) -> tuple[float, float]:
     return rtt / 2 + SUSPECT_PENALTY_S * candidate.suspect, block * (1 + candidate.sessions)
 
 
-def plan_route(snapshot: Snapshot, blocks: int) -> tuple[Hop, ...] | Missing:
-    """The route with the lowest expected seconds per token, or the first block that keeps it from existing.
+def plan_route(snapshot: Snapshot, blocks: Span) -> tuple[Hop, ...] | Missing:
+    """The route through ``blocks`` with the lowest expected seconds per token, or the first block that keeps it from
+    existing.
 
     A shortest path over (block, holder) states: staying with a holder costs its time per block, changing to one costs
     half its round trip more. Changing is always from the cheapest state of the block before, so the work is blocks ×
@@ -49,7 +50,7 @@ def plan_route(snapshot: Snapshot, blocks: int) -> tuple[Hop, ...] | Missing:
     candidates = snapshot.candidates
     entry = [_costs(candidate) for candidate in candidates]
     best: list[dict[int, tuple[float, int | None]]] = []
-    for block in range(blocks):
+    for block in blocks:
         states: dict[int, tuple[float, int | None]] = {}
         before = best[-1] if best else None
         cheapest = min(before, key=lambda i: (before[i][0], i)) if before else None
@@ -75,12 +76,12 @@ def plan_route(snapshot: Snapshot, blocks: int) -> tuple[Hop, ...] | Missing:
         chosen.append(state)
         state = states[state][1]
     chosen.reverse()
-    return _merge(chosen, candidates)
+    return _merge(blocks, chosen, candidates)
 
 
-def _merge(chosen: list[int], candidates: tuple[Candidate, ...]) -> tuple[Hop, ...]:
+def _merge(blocks: Span, chosen: list[int], candidates: tuple[Candidate, ...]) -> tuple[Hop, ...]:
     hops: list[Hop] = []
-    for block, index in enumerate(chosen):
+    for block, index in zip(blocks, chosen, strict=True):
         candidate = candidates[index]
         if hops and hops[-1].node == candidate.node:
             hops[-1] = Hop(candidate.node, candidate.endpoint, Span(hops[-1].span.first, block))

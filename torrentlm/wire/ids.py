@@ -1,4 +1,4 @@
-"""Token ids as tensors of a message, and how many tokens a step brings."""
+"""Token ids as tensors of a message."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 
-from torrentlm.errors import LocalProtocolError, RemoteProtocolError
-from torrentlm.wire.messages import Step
+from torrentlm.errors import LocalProtocolError
 from torrentlm.wire.tensors import Tensor
 
 
@@ -20,11 +19,3 @@ def ids_tensor(rows: Sequence[Sequence[int]]) -> Tensor:
     if sys.byteorder == "big":
         values.byteswap()
     return Tensor("I32", (len(rows), width), values.tobytes())
-
-
-def extent_of(step: Step) -> tuple[int, int]:
-    """Rows and tokens per row of a step: the first two dimensions of its first tensor. Raises RemoteProtocolError."""
-    if not step.tensors or len(step.tensors[0].shape) < 2:
-        raise RemoteProtocolError("a step must bring a tensor with a row and a token dimension")
-    rows, tokens = step.tensors[0].shape[:2]
-    return rows, tokens

@@ -166,44 +166,6 @@ class TensorKind(Kind):
         return "tensor"
 
 
-@dataclass(frozen=True)
-class Tree(Kind):
-    """Nested rows and maps with text keys, whose leaves are nil, booleans, numbers, texts and bytes. Rows arrive as
-    lists."""
-
-    nodes: int
-    depth: int = 24
-
-    def pack(self, value: Any, payload: PayloadWriter) -> Any:
-        return self._checked(value)
-
-    def unpack(self, raw: Any, payload: PayloadReader) -> Any:
-        return self._checked(raw)
-
-    def _checked(self, value: Any) -> Any:
-        if value is None:
-            return None
-        left = self.nodes
-
-        def walk(part: Any, depth: int) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0 or depth < 0:
-                raise ValueError(f"has more than {self.nodes} nodes or is nested more than {self.depth} deep")
-            if part is None or type(part) in (bool, int, float, str, bytes):
-                return part
-            if type(part) in (tuple, list):
-                return [walk(item, depth - 1) for item in part]
-            if type(part) is dict and all(type(key) is str for key in part):
-                return {key: walk(item, depth - 1) for key, item in part.items()}
-            raise ValueError(f"holds {_short(part)}, which a tree cannot")
-
-        return walk(value, self.depth)
-
-    def __str__(self) -> str:
-        return f"tree ≤{self.nodes}"
-
-
 class Struct(Kind):
     """A dataclass as the array of its fields. The kinds of those not annotated with one come in ``kinds``."""
 

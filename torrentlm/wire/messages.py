@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 from torrentlm.errors import RemoteProtocolError
 from torrentlm.records import Endpoint, NodeKey, PeerRecord, Sampling, SessionId, Span, Stop
@@ -24,7 +24,6 @@ from torrentlm.wire.kinds import (
     Struct,
     TensorKind,
     Text,
-    Tree,
 )
 from torrentlm.wire.tensors import Tensor
 
@@ -84,8 +83,6 @@ Position = Annotated[int, Int(0, MAX_TOKENS)]
 Node = Annotated[NodeKey, Bytes(32)]
 Block = Annotated[int, _block]
 Tensors = Annotated[tuple[Tensor, ...], Array(TensorKind(), MAX_TENSORS)]
-SideTree = Annotated[Any, Tree(1024)]
-"""How the tensors hang together: see docs/protocol.md, "Border trees"."""
 
 
 class Want(IntEnum):
@@ -144,8 +141,9 @@ class Open:
     """Client to holder: make room for a session on blocks ``first`` to ``last``. Answered by Opened or Fail.
 
     Steps are accepted from this pipe's peer and from the nodes in ``prev``; results go to ``next`` (None: back to the
-    client). ``next`` of the head's holder is the stem's holder, which it feeds with sampled tokens. ``pads``: left
-    padding per row of the batch, empty for none.
+    client). ``next`` of the head's holder is the stem's holder, which it feeds with sampled tokens. ``pads``: padding per
+    row of the batch, before the text or, where negative, behind it; empty for none. ``source``: tokens per row that
+    an encoder has read, for blocks of a decoder that is to be told of them by ``Encoded``.
     """
 
     session: Session
@@ -158,7 +156,8 @@ class Open:
     batch: Annotated[int, Int(1, MAX_BATCH)]
     max_length: Annotated[int, Int(1, MAX_TOKENS)]
     lease_ms: Annotated[int, Int(1, 86_400_000)]
-    pads: Annotated[tuple[int, ...], Array(Int(0, MAX_TOKENS), MAX_BATCH)] = ()
+    pads: Annotated[tuple[int, ...], Array(Int(-MAX_TOKENS, MAX_TOKENS), MAX_BATCH)] = ()
+    source: Position = 0
 
     def __post_init__(self) -> None:
         if self.first > self.last:
@@ -201,8 +200,8 @@ class Step:
     """Run these inputs: from the client or the head's holder to the stem, and from each holder to the next.
 
     ``position``: tokens per row in the cache before this step. ``reorder``: for each row of the batch, the row that it
-    continues, applied first. ``tensors``: to the stem one I32 or I64 [batch, n] of token ids (n may be 0), behind it
-    whatever the border between two blocks takes; ``tree`` says how they hang together (None: one hidden state).
+    continues, applied first. ``tokens``: new tokens per row, may be 0. ``tensors``: to the stem one I32 or I64
+    [batch, tokens] of token ids, behind it whatever travels between the two blocks, see docs/protocol.md, "Borders".
     """
 
     session: Session
@@ -212,12 +211,23 @@ class Step:
     want: Annotated[Want, Enumerated(Want)]
     reorder: Annotated[tuple[int, ...] | None, Optional(Array(Int(0, MAX_BATCH - 1), MAX_BATCH))]
     tensors: Tensors
-    tree: SideTree = None
+    tokens: Position
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Client to every holder of a decoder's session: what the encoder made. Steps wait for it.
+
+    ``tensors``: hidden states [batch, source, width], floating point, and BOOL [batch, source], false for padding.
+    """
+
+    session: Session
+    tensors: Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +254,6 @@ class Output:
     epoch: Epoch
     position: Position
     tensors: Tensors
-    tree: SideTree = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +289,7 @@ class Fail:
     block: Annotated[int | None, Optional(_block)] = None
 
 
-Message = Record | Peers | Open | Opened | Generate | Step | Token | Output | Halt | Renew | Close | Fail
+Message = Record | Peers | Open | Opened | Generate | Step | Token | Output | Halt | Renew | Close | Fail | Encoded
 
 SCHEMA = Schema(
     {
@@ -296,6 +305,7 @@ SCHEMA = Schema(
         10: Renew,
         11: Close,
         12: Fail,
+        13: Encoded,
     }
 )
 

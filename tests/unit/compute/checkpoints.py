@@ -122,11 +122,10 @@ class Chain:
 
     def step(self, ids: torch.Tensor, want: Want = Want.LOGITS_LAST) -> torch.Tensor:
         """Logits, or the last hidden state where none are wanted."""
-        tensors, tree = (pack(ids),), None
+        tensors = (pack(ids),)
         for runner, cache in zip(self.runners, self.caches, strict=True):
-            given = from_wire(tensors, tree, runner.expects(self.batch, ids.shape[1]))
-            result = runner.forward(cache, given, want=want)
-            tensors, tree = to_wire(result)
+            result = runner.forward(cache, from_wire(tensors, ids=runner.has_stem), ids.shape[1], want=want)
+            tensors = to_wire(result)
         return result.logits if isinstance(result, Logits) else result.tensors[0]
 
     def trim(self, length: int) -> None:

@@ -19,7 +19,7 @@ from torrentlm.wire.messages import Step, Tensor, Want
 
 
 def step(size: int) -> Step:
-    return Step(SessionId(bytes(16)), 0, 0, 0, Want.NONE, None, (Tensor("F32", (size // 4,), bytes(size)),))
+    return Step(SessionId(bytes(16)), 0, 0, 0, Want.NONE, None, (Tensor("F32", (size // 4,), bytes(size)),), 1)
 
 
 async def connected(one: FakeNode, other: FakeNode) -> tuple[Pipe, Pipe]:

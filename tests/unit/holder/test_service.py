@@ -23,7 +23,7 @@ from torrentlm.holder.execution import Execution, Result
 from torrentlm.publish.published import Published
 from torrentlm.records import Sampling, SessionId, Span, Stop
 from torrentlm.structured import single_error
-from torrentlm.wire.ids import extent_of, ids_tensor
+from torrentlm.wire.ids import ids_tensor
 from torrentlm.wire.messages import Close, Fail, Generate, Halt, Step, Token, Want
 from torrentlm.wire.tensors import Tensor
 
@@ -142,7 +142,7 @@ def test_a_long_prompt_goes_in_chunks(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
         async with session_on(chain, tiny.id) as session:
             assert ids_of(await generate(session, prompt, 8)) == tiny.greedy(prompt, 8)
         to_last = [message for node, message in chain.sent if node == chain.hops[2].node and isinstance(message, Step)]
-        assert [extent_of(step)[1] for step in to_last] == [4, 4, 4, 4, 2, *[1] * 7]
+        assert [step.tokens for step in to_last] == [4, 4, 4, 4, 2, *[1] * 7]
 
     run(tiny, body)
 
@@ -358,11 +358,11 @@ def test_steps_of_old_epochs_strangers_and_repeats_do_nothing(tiny: Tiny) -> Non
             stem, handle = chain.hops[0].node, session._handles[0]
             before = len(chain.sent)
             for epoch, position in ((1, 5), (2, 2)):  # an old epoch; a step that is done already
-                step = Step(handle, epoch, position, position, Want.LOGITS_ALL, None, (ids_tensor([[7]]),))
+                step = Step(handle, epoch, position, position, Want.LOGITS_ALL, None, (ids_tensor([[7]]),), 1)
                 await chain.holders[stem].handle(chain.hops[-1].node, step)
             await trio.testing.wait_all_tasks_blocked(0.05)
             assert len(chain.sent) == before
-            step = Step(handle, 9, 0, 0, Want.LOGITS_ALL, None, (ids_tensor([[7]]),))
+            step = Step(handle, 9, 0, 0, Want.LOGITS_ALL, None, (ids_tensor([[7]]),), 1)
             await chain.holders[stem].handle(chain.hops[1].node, step)  # not this hop's predecessor
             await trio.testing.wait_all_tasks_blocked(0.05)
             assert not any(isinstance(message, Step) for _, message in chain.sent[before:])
@@ -387,7 +387,7 @@ def test_steps_of_old_epochs_strangers_and_repeats_do_nothing(tiny: Tiny) -> Non
 def test_odd_steps_hurt_their_own_session_only(tiny: Tiny, odd: dict[str, Any]) -> None:
     async def body(chain: Chain) -> None:
         async with session_on(chain, tiny.id) as healthy, session_on(chain, tiny.id) as hurt:
-            step = Step(hurt._handles[0], 1, 0, 0, Want.LOGITS_ALL, None, (ids_tensor([[7]]),))
+            step = Step(hurt._handles[0], 1, 0, 0, Want.LOGITS_ALL, None, (ids_tensor([[7]]),), 1)
             await chain.holders[chain.hops[0].node].handle(CLIENT, replace(step, **odd))
             with trio.fail_after(5):
                 while not any(isinstance(message, Fail) for _, message in chain.sent):
@@ -460,7 +460,7 @@ def test_positions_past_the_end_are_our_own_mistake(tiny: Tiny) -> None:
 
 def test_an_unknown_session_is_refused_not_ignored(tiny: Tiny) -> None:
     async def body(chain: Chain) -> None:
-        step = Step(SessionId(bytes(16)), 0, 0, 0, Want.SAMPLE, None, (ids_tensor([[7]]),))
+        step = Step(SessionId(bytes(16)), 0, 0, 0, Want.SAMPLE, None, (ids_tensor([[7]]),), 1)
         await chain.holders[chain.hops[0].node].handle(CLIENT, step)
         assert chain.sent[-1][1].code == "unknown_session"  # type: ignore[union-attr]
 

@@ -61,7 +61,7 @@ def sealed(header: Any, payload: bytes = b"") -> bytes:
 
 
 def step(*given: Tensor, **changes: Any) -> Step:
-    return dataclasses.replace(Step(SESSION, 1, 0, 0, Want.NONE, None, given), **changes)
+    return dataclasses.replace(Step(SESSION, 1, 0, 0, Want.NONE, None, given, 1), **changes)
 
 
 @pytest.mark.parametrize("record", SCHEMA.structs, ids=lambda record: record.__name__)

@@ -107,7 +107,7 @@ def example() -> str:
     assert leader == 1, "the document says that B leads"
     cores[0].receive_frame(0, show(1, cores[1].next_frame(0)))
     values = Tensor("F32", (1, 1, 4), struct.pack("<4f", 1, 2, 3, 4))
-    cores[0].send(Step(session, 3, 17, 16, Want.SAMPLE, None, (values,)), 2)
+    cores[0].send(Step(session, 3, 17, 16, Want.SAMPLE, None, (values,), 2), 2)
     [event] = cores[1].receive_frame(0, show(0, cores[0].next_frame(0)))
     cores[1].consumed(event)
     cores[1].flush_ack()

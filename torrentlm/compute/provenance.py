@@ -1,0 +1,110 @@
+"""Where values come from: every operation of a forward is watched, and its result remembers what went into it.
+
+A set of sources is an int, a bit each. Weights are sources, token ids, borders, whatever the caller marks. Unlike autograd's graph this also
+sees integers, values made without gradients, and what is changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_SHAPE_ONLY = frozenset(
+    "empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like rand_like randint_like"
+    " randn_like zeros_like".split()
+)
+"""Operations whose results depend on the shapes of their arguments alone."""
+_SHAPE_OF_SECOND = frozenset("expand_as reshape_as type_as view_as".split())
+
+
+class Sources:
+    """Numbers the sources: any hashable value gets a bit of its own when it is first seen."""
+
+    def __init__(self) -> None:
+        self._bits: dict[Hashable, int] = {}
+
+    def bit(self, source: Hashable) -> int:
+        return 1 << self._bits.setdefault(source, len(self._bits))
+
+    def named(self, sources: int) -> Iterator[Any]:
+        """The sources in a set, in the order in which they were first seen."""
+        for source, number in self._bits.items():
+            if sources >> number & 1:
+                yield source
+
+
+class Provenance(TorchDispatchMode):
+    """Follows sources through everything that runs in its ``with``. ``inside`` is added to all that has any source."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = 0
+        self.read = 0
+        """All sources that any operation has had among its arguments."""
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def mark(self, tensor: torch.Tensor, sources: int) -> None:
+        """Say where a tensor's storage comes from."""
+        reference = StorageWeakRef(tensor.untyped_storage())  # keeps the address from being used anew
+        self._known[reference.cdata] = (reference, sources)
+
+    def of(self, tensor: torch.Tensor) -> int:
+        """The sources of a tensor's storage."""
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        return 0 if known is None else known[1]
+
+    def forget(self) -> None:
+        """No tensor has any source from here on."""
+        self._known.clear()
+
+    @contextmanager
+    def within(self, source: int) -> Iterator[None]:
+        """Mark with ``source`` whatever is made in here from any source."""
+        before, self.inside = self.inside, source
+        try:
+            yield
+        finally:
+            self.inside = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2].removesuffix("_out")
+        given = list(_tensors((args, kwargs)))
+        counting = [] if name in _SHAPE_ONLY else given[:1] if name in _SHAPE_OF_SECOND else given
+        sources = 0
+        for tensor in counting:
+            sources |= self.of(tensor)
+        self.read |= sources
+        if sources:
+            sources |= self.inside
+        storages = {tensor.untyped_storage()._cdata for tensor in given}
+        for tensor in _written(func, args, kwargs):
+            self.mark(tensor, self.of(tensor) | sources)
+        for tensor in _tensors((result,)):
+            if tensor.untyped_storage()._cdata not in storages:  # no view, nothing changed in place
+                self.mark(tensor, sources)
+        return result
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The arguments that the operation changes in place."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from _tensors((given,))
