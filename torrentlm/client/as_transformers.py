@@ -75,7 +75,11 @@ class SwarmForCausalLM(GenerationMixin):  # type: ignore[misc]
     @classmethod
     def load(cls, folder: Path, tokenizer: PreTrainedTokenizerBase, opener: Opener) -> Self:
         """From a model torrent's ``folder``. Raises ArtifactError, UnsupportedModelError."""
-        return cls(read_config(folder), _read_generation_config(folder), tokenizer, opener)
+        try:
+            config = read_config(folder)
+        except UnsupportedModelError:  # only holders need the model's own classes, or code
+            config = PretrainedConfig.from_pretrained(folder, local_files_only=True)
+        return cls(config, _read_generation_config(folder), tokenizer, opener)
 
     def new_cache(self, max_length: int | None = None) -> SwarmCache:
         """An empty cache to pass as ``past_key_values``, with room for ``max_length`` tokens a row (512, or a longer
