@@ -32,6 +32,8 @@ from torrentlm.wire.messages import MAX_BATCH, MAX_TOKENS, Want
 if TYPE_CHECKING:
     import torch
 
+    from torrentlm.client.as_transformers import SwarmForCausalLM
+
 Hear = Callable[[str], None]
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -140,6 +142,20 @@ class Model(_Closing):
         if pads is not None and (len(pads) != batch or not all(0 <= pad < max_length for pad in pads)):
             raise ValueError(f"pads are {batch} numbers, one per row, from 0 up and below max_length")
         return Session(self._portal, self._client.model.steps(batch, max_length, tuple(pads or (0,) * batch)))
+
+    def as_transformers(self) -> SwarmForCausalLM:
+        """A model of transformers without weights, for its own ``generate()``: beam search, logits processors,
+        stopping criteria, streamers. Close it, or use it in a ``with``.
+
+        Raises ArtifactError or UnsupportedModelError if the model torrent's files are not a decoder's.
+        """
+        from torrentlm.client.as_transformers import SwarmForCausalLM  # transformers, which only this call needs
+
+        return SwarmForCausalLM.load(
+            self._client.membership.folder,
+            self._client.model.tokenizer,
+            lambda rows, length, pads: self.session(batch=rows, max_length=length, pads=pads),
+        )
 
     def route(self) -> tuple[RouteHop, ...]:
         """The route that a generation would take now. Raises NoHolderError."""

@@ -102,6 +102,15 @@ def _choice(choices: tuple[str, ...]) -> Callable[[object, Path], str]:
     return read
 
 
+def _hashes(value: object, base: Path) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ValueError
+    hashes = tuple(item.strip().lower() for item in value)
+    if not all(re.fullmatch("[0-9a-f]{64}", item) for item in hashes):
+        raise ValueError
+    return hashes
+
+
 def _endpoints(value: object, base: Path) -> tuple[Endpoint, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(item, str | Endpoint) for item in value):
         raise ValueError
@@ -149,6 +158,7 @@ _THREADS = Kind('a whole number from 1 to 1024, or "auto"', _threads, _integer, 
 _SECONDS = Kind("a number of seconds from 1 to 86400", _seconds, _decimal)
 _ENDPOINTS = Kind('a list of "HOST:PORT"', _endpoints, _words)
 _BOOTSTRAP = Kind('a list of "HOST:PORT", "public" or "none"', _bootstrap, _bootstrap_words, ("public", "none"))
+_HASHES = Kind("a list of SHA-256 hashes, 64 hexadecimal digits each", _hashes, _words)
 _BLOCKS = Kind('"auto", "none" or a range such as "0-10"', _blocks, str, ("auto", "none"))
 _PRECISION = Kind("one of " + ", ".join(map(repr, PRECISIONS)), _choice(PRECISIONS), str, PRECISIONS)
 _DTYPE = Kind("one of " + ", ".join(map(repr, DTYPES)), _choice(DTYPES), str, DTYPES)
@@ -186,6 +196,7 @@ class NodeConfig:
 
     ``dht_bootstrap`` None: the public nodes; (): none, so that the DHT starts from known peers alone. ``port`` 0: any
     free one. ``threads`` None: one per core. ``lease``: seconds after which an idle session's memory is freed.
+    ``allow_code``: hashes of the code of its own that a model may run here.
     """
 
     data: Path = field(default_factory=default_data)
@@ -200,6 +211,7 @@ class NodeConfig:
     precision: str = "auto"
     threads: int | None = None
     lease: float = 60.0
+    allow_code: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +238,7 @@ NODE_KEYS = {
     "precision": _PRECISION,
     "threads": _THREADS,
     "lease": _SECONDS,
+    "allow_code": _HASHES,
 }
 TABLES: dict[str, tuple[str, ...]] = {
     "": ("magnet", "model", "node"),

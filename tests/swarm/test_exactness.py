@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import TextIteratorStreamer
 
 import torrentlm
 from tests.e2e.processes import Seed
 from tests.swarm.smollm2 import SPANS, Reference, Swarm, load_reference, three_holders
+from torrentlm.client.as_transformers import SwarmForCausalLM
 from torrentlm.client.options import How
 from torrentlm.compute.sampling import Sampler
 from torrentlm.records import Sampling
@@ -39,6 +43,12 @@ def model(swarm: Swarm) -> Iterator[torrentlm.Model]:
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     return load_reference()
+
+
+@pytest.fixture(scope="module")
+def generator(model: torrentlm.Model) -> Iterator[SwarmForCausalLM]:
+    with model.as_transformers() as generator:
+        yield generator
 
 
 def test_each_holder_has_its_third_and_no_more(swarm: Swarm) -> None:
@@ -210,3 +220,90 @@ def test_a_chat_goes_on_from_what_the_holders_have(model: torrentlm.Model, refer
         tensor, attention_mask=torch.ones_like(tensor), max_new_tokens=16, do_sample=False, repetition_penalty=1.0
     )
     assert list(second_result.tokens) == whole[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("prompt", [PROMPTS[1], PROMPTS[4]])
+@pytest.mark.parametrize("beams", [1, 4])
+def test_transformers_own_generate_gives_its_own_tokens(
+    generator: SwarmForCausalLM, reference: Reference, prompt: str, beams: int
+) -> None:
+    ids = torch.tensor([reference.ids(prompt)])
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 24, "num_beams": beams, "do_sample": False}
+    ours, theirs = (model.generate(ids, **how) for model in (generator, reference.model))
+    assert ours.tolist() == theirs.tolist()
+    assert ours.shape[1] > ids.shape[1] + 5
+
+
+def test_four_beams_for_each_of_a_left_padded_batch(generator: SwarmForCausalLM, reference: Reference) -> None:
+    tokenizer = generator.tokenizer
+    batch = tokenizer(list(PROMPTS[:3]), return_tensors="pt", padding=True, padding_side="left")
+    assert not batch["attention_mask"].all()
+    how: dict[str, Any] = {
+        "max_new_tokens": 16,
+        "num_beams": 4,
+        "num_return_sequences": 2,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    ours, theirs = (model.generate(**batch, **how) for model in (generator, reference.model))
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 0.6},
+        {"temperature": 1.4, "top_k": 40},
+        {"temperature": 1.0, "top_p": 0.85},
+        {"temperature": 1.2, "min_p": 0.08},
+        {"temperature": 1.0, "repetition_penalty": 1.3},
+        {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.15},
+    ],
+    ids=" ".join,
+)
+def test_what_the_head_draws_from_is_what_transformers_draws_from(
+    generator: SwarmForCausalLM, reference: Reference, how: dict[str, Any]
+) -> None:
+    """The head's sampler on the swarm's logits, and generate()'s own warpers on the same and on the whole model's."""
+    ids = torch.tensor([reference.ids(PROMPTS[2])])
+    off = {"top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
+    asked = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 10,
+        "do_sample": True,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+        **off,
+        **how,
+    }
+    results = []
+    for model in (generator, reference.model):
+        torch.manual_seed(4)
+        results.append(model.generate(ids, **asked))
+    ours, theirs = results
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    sampler = Sampler(Sampling(seed=1, **how))
+    for step, (logits, scores, whole) in enumerate(zip(ours.logits, ours.scores, theirs.scores, strict=True)):
+        sampler.seen(
+            ours.sequences[:, : ids.shape[1]] if step == 0 else ours.sequences[:, ids.shape[1] + step - 1, None]
+        )
+        head = sampler.scores(logits)
+        assert torch.equal(head.isfinite(), scores.isfinite())
+        torch.testing.assert_close(head.softmax(-1), scores.softmax(-1), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(head.softmax(-1), whole.softmax(-1), rtol=1e-3, atol=1e-5)
+
+
+def test_text_streams_from_generate_in_a_thread(generator: SwarmForCausalLM, reference: Reference) -> None:
+    tokenizer = generator.tokenizer
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    thread = threading.Thread(
+        target=generator.generate, kwargs={**inputs, "max_new_tokens": 16, "do_sample": False, "streamer": streamer}
+    )
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert len(pieces) > 3
+    assert "".join(pieces) == tokenizer.decode(reference.greedy(PROMPTS[0], 16))

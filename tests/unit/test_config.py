@@ -141,6 +141,7 @@ def test_lists_replace_each_other():
         ("threads", "4", 4),
         ("threads", "auto", None),
         ("lease", "2.5", 2.5),
+        ("allow_code", f"{'AB' * 32}, {'0' * 64}", ("ab" * 32, "0" * 64)),
     ],
 )
 def test_text_of_the_environment(name: str, text: str, value: object):
@@ -192,6 +193,7 @@ def test_unknown_keys_name_table_and_nearest(text: str, says: list[str], tmp_pat
         ('ram = "4 apples"', ["ram in [node]", "4GB"]),
         ("ram = -1", ["ram in [node]", "not the number -1"]),
         ('precision = "BF61"', ["precision in [node]", 'did you mean "BF16"?']),
+        (f'allow_code = ["{"a" * 63}"]', ["allow_code in [node]", "64 hexadecimal digits"]),
         ("threads = 0", ["threads in [node]", "from 1 to 1024"]),
         ("lease = 0", ["lease in [node]", "seconds"]),
         ("lease = true", ["lease in [node]", "not true"]),

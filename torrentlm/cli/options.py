@@ -37,6 +37,12 @@ _HOLDING: tuple[Decorator, ...] = (
     click.option("--precision", metavar="|".join(PRECISIONS), help="What to compute in."),
     click.option("--threads", type=int, metavar="N", help="Compute threads. [default: one per core]"),
     click.option("--lease", type=float, metavar="SECONDS", help="How long a silent client's memory is kept."),
+    click.option(
+        "--allow-code",
+        multiple=True,
+        metavar="SHA256",
+        help="Run the code of its own that a model has, if it has this hash. Repeatable.",
+    ),
 )
 
 

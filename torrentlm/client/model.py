@@ -51,7 +51,7 @@ class ModelClient:
         self._links = links
         self._directory = directory
         self._model = model
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._nursery = nursery
         self._max_length = max_length
         self.vocabulary = vocabulary
@@ -132,9 +132,9 @@ class ModelClient:
         """Continue ``prompt`` as it is, or answer it through the chat template. Raises as :meth:`open`."""
         started = trio.current_time()
         if chat:
-            ids = chat_ids(self._tokenizer, [{"role": "user", "content": prompt}])
+            ids = chat_ids(self.tokenizer, [{"role": "user", "content": prompt}])
         else:
-            ids = [int(token) for token in self._tokenizer(prompt)["input_ids"]]
+            ids = [int(token) for token in self.tokenizer(prompt)["input_ids"]]
         if not ids:
             raise RefusedError("the prompt is empty: there is nothing to continue", "bad_request")
         length = len(ids) + options.max_new_tokens
@@ -145,7 +145,7 @@ class ModelClient:
                 "max_length",
             )
         async with self.session(max_length=length) as session:
-            return await generate(session, self._tokenizer, ids, self.complete(options), started=started, emit=emit)
+            return await generate(session, self.tokenizer, ids, self.complete(options), started=started, emit=emit)
 
     def complete(self, options: Options) -> Options:
         """With the model's own end-of-text tokens among the stops."""
@@ -153,9 +153,7 @@ class ModelClient:
         return replace(options, stop=stop)
 
     def chat(self, system: str | None) -> ChatSession:
-        return ChatSession(
-            self, ChatContext(self._tokenizer, system), min(CHAT_LENGTH, self._max_length or CHAT_LENGTH)
-        )
+        return ChatSession(self, ChatContext(self.tokenizer, system), min(CHAT_LENGTH, self._max_length or CHAT_LENGTH))
 
     def steps(self, batch: int, max_length: int, pads: tuple[int, ...]) -> StepSession:
         return StepSession(self, batch, max_length, pads)
@@ -201,6 +199,7 @@ class StepSession:
         self._pads = pads
         self._session: RemoteSession | None = None
         self._closed = False
+        self._running = trio.CancelScope()
 
     @property
     def length(self) -> int:
@@ -210,13 +209,18 @@ class StepSession:
     async def step(
         self, rows: Sequence[Sequence[int]], position: int | None, want: Want, reorder: Sequence[int] | None
     ) -> Tensor:
-        """See RemoteSession.step. Raises ValueError or TypeError for what no holder would take."""
-        if self._closed:
-            raise LocalProtocolError("this session is closed: open another")
-        self._check(rows, position, reorder)
-        if self._session is None:
-            self._session = await self._client.open(batch=self._batch, max_length=self._max_length, pads=self._pads)
-        return await self._session.step(rows, position=position, want=want, reorder=reorder)
+        """See RemoteSession.step. Raises ValueError or TypeError for what no holder would take, LocalProtocolError
+        when it is closed, also in the middle of the step.
+        """
+        if not self._closed:
+            self._check(rows, position, reorder)
+            with trio.CancelScope() as self._running:
+                if self._session is None:
+                    self._session = await self._client.open(
+                        batch=self._batch, max_length=self._max_length, pads=self._pads
+                    )
+                return await self._session.step(rows, position=position, want=want, reorder=reorder)
+        raise LocalProtocolError("this session is closed: open another")
 
     def _check(self, rows: Sequence[Sequence[int]], position: int | None, reorder: Sequence[int] | None) -> None:
         """Here, since a holder ends the session over it."""
@@ -234,6 +238,7 @@ class StepSession:
 
     async def close(self) -> None:
         self._closed = True
+        self._running.cancel()
         if self._session is not None:
             session, self._session = self._session, None
             await session.close()

@@ -9,7 +9,7 @@ import copy
 import math
 import mmap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,28 @@ from transformers import (
     PreTrainedModel,
 )
 
+from torrentlm.compute.custom_code import own_class, own_config, read_settings, stored
 from torrentlm.errors import ArtifactError, UnsupportedModelError
 
 _building = threading.Lock()
 """Building a model changes torch's default dtype and listens to every module's parameters: one model at a time."""
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The model's config from ``folder/config.json``; never runs code that travels with a model.
+def read_config(folder: Path, allow_code: Collection[str] = ()) -> PretrainedConfig:
+    """The model's config from ``folder/config.json``. Runs code that travels with the model only if its hash is one of
+    ``allow_code``, see custom_code.
 
-    Raises ArtifactError when the file is missing or broken, UnsupportedModelError when transformers cannot use it.
+    Raises ArtifactError when the file is missing or broken, UnsupportedModelError when transformers cannot use it or
+    code is not allowed.
     """
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder} has no config.json; point to the folder of a Hugging Face model.")
+    settings = read_settings(folder)
+    code = stored(folder, settings)
     try:
+        if code is not None:
+            code.require_allowed(allow_code)
+            return own_config(code, folder, settings)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (KeyError, ValueError) as error:
         raise UnsupportedModelError(
@@ -79,6 +87,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, device: torch.d
 
 
 def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    if (own := own_class(config)) is not None:
+        return own
     for name in config.architectures or ():
         named = getattr(transformers, name, None) if name.isidentifier() else None
         if isinstance(named, type) and issubclass(named, PreTrainedModel):

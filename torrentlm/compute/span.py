@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from torrentlm.compute.border import (
@@ -33,10 +32,10 @@ from torrentlm.compute.border import (
 from torrentlm.compute.cache import SNAPSHOTS, LayeredCache, SpanCache
 from torrentlm.compute.inputs import FILLER, Encoded
 from torrentlm.compute.lean import make_lean
+from torrentlm.compute.probe import entry_tensors, put_entries
 from torrentlm.compute.sizes import Point
 from torrentlm.compute.skeleton import build_skeleton, first_line
 from torrentlm.compute.split import Split, named_weights, vocabulary_of
-from torrentlm.compute.probe import entry_tensors, put_entries
 from torrentlm.compute.values import Place, at, flatten, rebuild, replace_at
 from torrentlm.compute.weights import BlockFiles, Weights, attach_weights
 from torrentlm.errors import LocalProtocolError, RefusedError, RemoteProtocolError

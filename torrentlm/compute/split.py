@@ -138,7 +138,7 @@ class Hints:
     replay: bool = False
 
 
-def analyse(config: PretrainedConfig, hints: Hints = Hints()) -> Split:  # noqa: B008
+def analyse(config: PretrainedConfig, hints: Hints = Hints()) -> Split:
     """The one split of a model that is no encoder-decoder. Raises as ``analyse_sides``."""
     sides = analyse_sides(config, hints)
     if len(sides) > 1:
@@ -146,7 +146,7 @@ def analyse(config: PretrainedConfig, hints: Hints = Hints()) -> Split:  # noqa:
     return sides[0]
 
 
-def analyse_sides(config: PretrainedConfig, hints: Hints = Hints()) -> tuple[Split, ...]:  # noqa: B008
+def analyse_sides(config: PretrainedConfig, hints: Hints = Hints()) -> tuple[Split, ...]:
     """Find the split of the model that ``config`` describes, of an encoder-decoder the encoder's and the decoder's; needs
     no weights and next to no memory.
 

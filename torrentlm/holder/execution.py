@@ -7,6 +7,7 @@ what brings it, is called from the event loop.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from torrentlm.compute.border import Logits, from_wire, to_wire, unpack
 from torrentlm.compute.cache import SpanCache
 from torrentlm.errors import RefusedError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ MAX_RUNNERS = 8
 
 
 class HeldModel:
-    """``paths`` are the complete block files by name; ``precision`` is the safetensors dtype to compute in.
+    """``paths`` are the complete block files by name; ``precision`` is the safetensors dtype to compute in;
+    ``allow_code`` are the hashes of models' own code that may run.
 
     The constructor loads the whole span. Blocks; run it in a thread. Raises ArtifactError, UnsupportedModelError.
     """
@@ -41,6 +42,7 @@ class HeldModel:
         span: Span,
         precision: str,
         device: torch.device | str = "cpu",
+        allow_code: Collection[str] = (),
     ) -> None:
         self.id = id
         self.manifest = manifest
@@ -49,7 +51,7 @@ class HeldModel:
         self.device = torch.device(device)
         self._folder = folder
         self._paths = dict(paths)
-        self._config: Any = read_config(folder)
+        self._config: Any = read_config(folder, allow_code)
         self._sides: tuple[Split, ...] = analyse_sides(self._config, hints_of(manifest))
         self._runners: OrderedDict[Span, SpanRunner] = OrderedDict()
         for side in range(len(manifest.sides)):

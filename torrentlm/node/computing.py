@@ -45,6 +45,7 @@ class Computing:
             span,
             computing_dtype(membership.manifest, self._config),
             self.device.torch_device,
+            self._config.allow_code,
         )
         # What was loaded stays: the collector need not walk through it again and again between tokens.
         gc.collect()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from torrentlm.compute.custom_code import require_allowed
 from torrentlm.compute.threads import first_import
 from torrentlm.config import NodeConfig
 from torrentlm.errors import NetworkError, RemoteProtocolError
@@ -68,6 +69,7 @@ class Node:
         span = await membership.choose()
         if span is None:
             return
+        await trio.to_thread.run_sync(require_allowed, membership.folder, self.parts.config.allow_code)
         with single_error():
             async with trio.open_nursery() as nursery:  # imports take seconds, which fetching can use
                 nursery.start_soon(membership.fetch, span)

@@ -18,7 +18,6 @@ from torrentlm.node.node import Node, open_node
 from torrentlm.node.parts import Say
 from torrentlm.publish.published import Progress, Published, recognise
 from torrentlm.records import Endpoint
-from torrentlm.swarm.store import Store
 
 WATCH_EVERY_S = 1.0
 ANY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104  # to compare with
@@ -55,21 +54,21 @@ async def _publish(node: Node, recipe: Recipe, say: Say) -> Magnet:
         trio.from_thread.check_cancelled()  # where a cancelled publishing ends
         trio.from_thread.run_sync(say, event)
 
-    published = await trio.to_thread.run_sync(_publish_in_thread, recipe, node.parts.store, progress)
+    published = await trio.to_thread.run_sync(_publish_in_thread, recipe, node, progress)
     name, magnet = published.manifest.name, str(published.magnet)
     say({"event": "published", "name": name, "magnet": magnet, "left_out": list(published.left_out)})
     return published.magnet
 
 
-def _publish_in_thread(recipe: Recipe, store: Store, progress: Progress) -> Published:
+def _publish_in_thread(recipe: Recipe, node: Node, progress: Progress) -> Published:
     """What an earlier run published is recognised without torch, whose import takes seconds."""
-    known = recognise(recipe, store)
+    known = recognise(recipe, node.parts.store)
     if known is not None:
         return known
     with first_import():
         from torrentlm.publish.publish import publish
 
-    return publish(recipe, store, progress)
+    return publish(recipe, node.parts.store, progress, node.parts.config.allow_code)
 
 
 def _ready(node: Node, membership: Membership) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePath
 
+from torrentlm.compute.custom_code import collect, read_settings
 from torrentlm.errors import ArtifactError
 from torrentlm.manifest.canonical import Placed, TensorSpec, read_layout
-from torrentlm.publish.payload import is_payload, tidy
+from torrentlm.publish.payload import is_payload, tidy, to_json
 from torrentlm.publish.source import read_exactly, unreadable
 
 SINGLE = "model.safetensors"
@@ -40,7 +41,11 @@ class Checkpoint:
                 found[path.name] = tidy(path.name, _read_small(path))
         if "config.json" not in found:
             raise ArtifactError(f"{self._folder} has no config.json; point to the folder of a Hugging Face model")
-        return {name: content for name, content in found.items() if content}
+        code = collect(self._folder, read_settings(self._folder))
+        if code is not None:
+            named = json.loads(found["config.json"]) | {"auto_map": dict(code.classes)}
+            found |= {"config.json": to_json(named), **code.files}
+        return {name: content for name, content in found.items() if content or name.endswith(".py")}
 
     def _find(self) -> Iterator[tuple[str, tuple[Path, Placed]]]:
         if (self._folder / SINGLE).is_file():

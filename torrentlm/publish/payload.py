@@ -23,7 +23,7 @@ _VOLATILE = frozenset(
         "_commit_hash",
         "_model_name_or_path",
         "_name_or_path",
-        "auto_map",  # names code that is not published
+        "auto_map",  # names code, which is published only where it is needed: publish/checkpoint.py
         "is_local",
         "local_files_only",
         "name_or_path",

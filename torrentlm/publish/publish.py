@@ -13,7 +13,7 @@ import errno
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,18 +39,21 @@ from torrentlm.publish.writer import write_block
 from torrentlm.swarm.store import Store, disk_full, storage_error
 
 
-def publish(recipe: Recipe, store: Store, progress: Progress | None = None) -> Published:
+def publish(
+    recipe: Recipe, store: Store, progress: Progress | None = None, allow_code: Collection[str] = ()
+) -> Published:
     """Publish what ``recipe`` names into ``store``, or recognise that an earlier run has done so.
 
-    Blocks: call it in a worker thread. The same weights give the same torrents, whatever folder, machine or sharding
-    they come from. Raises ConfigError (no such source), ArtifactError (a broken checkpoint), UnsupportedModelError, or
-    StorageError (disk full, not writable); whatever it raises, nothing half-published is left.
+    ``allow_code`` are the hashes of models' own code that may run. Blocks: call it in a worker thread. The same
+    weights give the same torrents, whatever folder, machine or sharding they come from. Raises ConfigError (no such
+    source), ArtifactError (a broken checkpoint), UnsupportedModelError, or StorageError (disk full, not writable);
+    whatever it raises, nothing half-published is left.
     """
     location, record = look_up(recipe, store.data)
     if known := recall(record, store):
         return known
     with _staging(store) as staging:
-        published = _publish(recipe, location, store, staging, progress or (lambda done, total, what: None))
+        published = _publish(recipe, location, store, staging, progress or (lambda done, total, what: None), allow_code)
         remember(record, published)
         return published
 
@@ -81,11 +84,18 @@ class _Model:
     settings: dict[str, object]
 
 
-def _publish(recipe: Recipe, location: Location, store: Store, staging: Path, progress: Progress) -> Published:
+def _publish(
+    recipe: Recipe,
+    location: Location,
+    store: Store,
+    staging: Path,
+    progress: Progress,
+    allow_code: Collection[str],
+) -> Published:
     progress(0, 1, f"reading {location.path.name}")
     source: Source = GGUFFile(location.path) if location.is_gguf else Checkpoint(location.path)
     payload = dict(source.files())
-    model = _understand(payload["config.json"], recipe.dtype, staging)
+    model = _understand(payload, recipe.dtype, staging, allow_code)
     payload["config.json"] = to_json(model.settings)
     _check_shapes(source, model)
     planned = plan(source.tensors, model.shapes, model.sides, recipe.layers_per_block)
@@ -102,15 +112,17 @@ def _publish(recipe: Recipe, location: Location, store: Store, staging: Path, pr
     return _move_in(manifest, distinct, payload, store, staging, planned.left_out)
 
 
-def _understand(config_json: bytes, dtype: str | None, staging: Path) -> _Model:
+def _understand(payload: Mapping[str, bytes], dtype: str | None, staging: Path, allow_code: Collection[str]) -> _Model:
     """Build the model that config.json describes, on paper, and complete its settings."""
-    settings = json.loads(config_json)
+    settings = json.loads(payload["config.json"])
     if "quantization_config" in settings:
         raise UnsupportedModelError(
             "this checkpoint is quantized in a way of its own; publish the unquantized one, or a GGUF file"
         )
-    (staging / "config.json").write_bytes(config_json)
-    config = read_config(staging)
+    for name, content in payload.items():
+        if name == "config.json" or name.endswith(".py"):
+            (staging / name).write_bytes(content)
+    config = read_config(staging, allow_code)
     skeleton = build_skeleton(config, torch.float32)
     settings.setdefault("architectures", [type(skeleton).__name__])
     if dtype is None and not settings.keys() & {"dtype", "torch_dtype"}:

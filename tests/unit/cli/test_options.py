@@ -47,7 +47,7 @@ def test_options_reach_the_settings():
         node_options,
         *("--data", "/d", "--port", "0", "--peer", "a:1", "--peer", "b:2", "--dht-bootstrap", "none"),
         *("--blocks", "0-10", "--ram", "1GB", "--vram", "auto", "--disk", "2GiB", "--precision", "BF16"),
-        *("--threads", "2", "--lease", "5", "--host", "127.0.0.1"),
+        *("--threads", "2", "--lease", "5", "--host", "127.0.0.1", "--allow-code", "AB" * 32),
     ).node
     assert node == NodeConfig(
         data=Path("/d"),
@@ -61,6 +61,7 @@ def test_options_reach_the_settings():
         precision="BF16",
         threads=2,
         lease=5.0,
+        allow_code=("ab" * 32,),
     )
 
 

@@ -125,7 +125,12 @@ class Outlet:
 
 @asynccontextmanager
 async def open_chain(
-    published: Published, paths: dict[str, Path], spans: list[Span], *, kv_budget: int = 1 << 24
+    published: Published,
+    paths: dict[str, Path],
+    spans: list[Span],
+    *,
+    kv_budget: int = 1 << 24,
+    allow_code: tuple[str, ...] = (),
 ) -> AsyncIterator[Chain]:
     """A holder for each span, in order; equal positions of two calls have equal keys."""
     chain = Chain()
@@ -136,8 +141,14 @@ async def open_chain(
             holder = Holder(node, chain.outbox(node), device, kv_budget=kv_budget)
             holder.hold(
                 HeldModel(
-                    published.magnet.v2, published.manifest, published.folder, paths, span, published.manifest.dtype
-                )  # type: ignore[arg-type]
+                    published.magnet.v2 or b"",
+                    published.manifest,
+                    published.folder,
+                    paths,
+                    span,
+                    published.manifest.dtype,
+                    allow_code=allow_code,
+                )
             )
             chain.holders[node] = holder
             chain.hops.append(Hop(node, Endpoint("127.0.0.1", 1000 + index), span))
