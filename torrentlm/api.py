@@ -32,6 +32,8 @@ from torrentlm.wire.messages import MAX_BATCH, MAX_TOKENS, Want
 if TYPE_CHECKING:
     import torch
 
+    from torrentlm.client.pooling import Array
+
     from torrentlm.client.as_transformers import SwarmForCausalLM
 
 Hear = Callable[[str], None]
@@ -130,6 +132,15 @@ class Model(_Closing):
 
         pieces = self._portal.stream(work)
         return pieces if stream else "".join(pieces)
+
+    def embed(self, texts: str | Sequence[str]) -> Array:
+        """One vector for each text, float32 [texts, width]; of an encoder, pooled as the model's own files state.
+
+        Texts that are longer than the model takes are cut. Raises RefusedError (no encoder, an empty text),
+        NoHolderError, HolderLostError, ArtifactError; TypeError for what is no text.
+        """
+        wanted = [text_of(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        return self._portal.run(lambda: self._client.embed(wanted))
 
     def chat(self, *, system: str | None = None) -> Chat:
         """A conversation with history. Use it in a ``with``, or call its ``close``."""

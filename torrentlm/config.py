@@ -23,6 +23,7 @@ _TYPE_NAMES = {int: "the number", float: "the number", str: "the text", list: "t
 
 PRECISIONS = ("auto", "F32", "BF16")
 DTYPES = ("F32", "BF16", "F16")
+TASKS = ("auto", "encoder")
 MAX_FILE = 1 << 20
 """A model.toml is a page of text; more than this many bytes is some other file."""
 
@@ -111,6 +112,22 @@ def _hashes(value: object, base: Path) -> tuple[str, ...]:
     return hashes
 
 
+def _flag(value: object, base: Path) -> bool:
+    if type(value) is not bool:
+        raise ValueError
+    return value
+
+
+def _flag_word(text: str) -> object:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _texts(value: object, base: Path) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError
+    return tuple(_text(item, base) for item in value)
+
+
 def _endpoints(value: object, base: Path) -> tuple[Endpoint, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(item, str | Endpoint) for item in value):
         raise ValueError
@@ -161,6 +178,10 @@ _BOOTSTRAP = Kind('a list of "HOST:PORT", "public" or "none"', _bootstrap, _boot
 _HASHES = Kind("a list of SHA-256 hashes, 64 hexadecimal digits each", _hashes, _words)
 _BLOCKS = Kind('"auto", "none" or a range such as "0-10"', _blocks, str, ("auto", "none"))
 _PRECISION = Kind("one of " + ", ".join(map(repr, PRECISIONS)), _choice(PRECISIONS), str, PRECISIONS)
+_FLAG = Kind("true or false", _flag, _flag_word)
+_SEED = Kind("a whole number from 0 up", _number(0, 2**63 - 1), _integer)
+_TEXTS = Kind("a list of texts", _texts, _words)
+_TASK = Kind("one of " + ", ".join(map(repr, TASKS)), _choice(TASKS), str, TASKS)
 _DTYPE = Kind("one of " + ", ".join(map(repr, DTYPES)), _choice(DTYPES), str, DTYPES)
 
 
@@ -171,8 +192,12 @@ _DTYPE = Kind("one of " + ", ".join(map(repr, DTYPES)), _choice(DTYPES), str, DT
 class Recipe:
     """How to publish a model: tables [model] and [model.source].
 
-    The weights come from exactly one of ``folder`` (a Hugging Face checkpoint), ``gguf`` (a file), or ``package`` with
-    ``file`` (a file in an installed Python package). ``dtype`` None: the checkpoint's own precision (GGUF: fp32).
+    The weights come from exactly one of ``folder`` (a Hugging Face checkpoint), ``gguf`` (a file), ``package`` with
+    ``file`` (a file in an installed Python package: a GGUF, or a checkpoint's config.json), or ``config`` (a config.json
+    alone: random weights, those of ``seed``). ``dtype`` None: the checkpoint's own precision (GGUF: fp32).
+
+    ``layer_stacks``, ``task`` and ``replay`` say how to split what cannot be split by looking at it, see
+    docs/model-toml.md.
     """
 
     name: str
@@ -180,8 +205,13 @@ class Recipe:
     gguf: Path | None = None
     package: str | None = None
     file: str | None = None
+    config: Path | None = None
+    seed: int = 0
     layers_per_block: int = 1
     dtype: str | None = None
+    layer_stacks: tuple[str, ...] = ()
+    task: str = "auto"
+    replay: bool = False
 
 
 def default_data(environment: Mapping[str, str] = os.environ) -> Path:
@@ -224,7 +254,8 @@ class Settings:
 
 
 MODEL_KEYS = {"name": _TEXT, "layers_per_block": _COUNT, "dtype": _DTYPE}
-SOURCE_KEYS = {"folder": _PATH, "gguf": _PATH, "package": _TEXT, "file": _TEXT}
+SOURCE_KEYS = {"folder": _PATH, "gguf": _PATH, "package": _TEXT, "file": _TEXT, "config": _PATH, "seed": _SEED}
+SPLIT_KEYS = {"layer_stacks": _TEXTS, "task": _TASK, "replay": _FLAG}
 NODE_KEYS = {
     "data": _PATH,
     "host": _TEXT,
@@ -242,8 +273,9 @@ NODE_KEYS = {
 }
 TABLES: dict[str, tuple[str, ...]] = {
     "": ("magnet", "model", "node"),
-    "model": (*MODEL_KEYS, "source"),
+    "model": (*MODEL_KEYS, "source", "split"),
     "model.source": tuple(SOURCE_KEYS),
+    "model.split": tuple(SPLIT_KEYS),
     "node": tuple(NODE_KEYS),
 }
 """Every table of a model.toml with its keys; "" is the top."""
@@ -321,16 +353,23 @@ def _recipe(model: Mapping[str, object], base: Path, file: str) -> Recipe:
     _check_keys(model, "model", file)
     source = _table(model, "source", file, "model.source") or {}
     _check_keys(source, "model.source", file)
+    split = _table(model, "split", file, "model.split") or {}
+    _check_keys(split, "model.split", file)
     values: dict[str, Any] = {}
-    for table, label, kinds in ((model, "model", MODEL_KEYS), (source, "model.source", SOURCE_KEYS)):
+    tables = (
+        (model, "model", MODEL_KEYS),
+        (source, "model.source", SOURCE_KEYS),
+        (split, "model.split", SPLIT_KEYS),
+    )
+    for table, label, kinds in tables:
         for name in kinds.keys() & table.keys():
             values[name] = _read(kinds[name], table[name], base, f"{name} in [{label}] of {file}")
     if "name" not in values:
         raise ConfigError(f'[model] in {file} has no name; add name = "…", the model\'s name for everybody.')
-    given = [name for name in ("folder", "gguf", "package") if name in values]
+    given = [name for name in ("folder", "gguf", "package", "config") if name in values]
     if len(given) != 1:
         raise ConfigError(
-            f"[model.source] in {file} must have exactly one of folder, gguf and package"
+            f"[model.source] in {file} must have exactly one of folder, gguf, package and config"
             f" (it has {' and '.join(given) or 'none of them'})."
         )
     if ("package" in values) != ("file" in values):

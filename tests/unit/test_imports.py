@@ -23,7 +23,7 @@ ROWS: tuple[dict[str, set[str]], ...] = (
     {"gateway": {"trio", "cryptography"}},
     {"publish": {"gguf", "numpy", "torch", "transformers"}},
     {"holder": {"trio", "torch", "transformers"}},
-    {"client": {"trio", "torch", "transformers"}},
+    {"client": {"trio", "numpy", "torch", "transformers"}},
     {"node": {"trio"}, "portal": {"trio"}},
     {"api": {"trio", "torch"}},
     {"__init__": set()},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from torrentlm.client.chat import ChatContext, chat_ids
+from torrentlm.client.encoding import encode
 from torrentlm.client.generation import GenerationResult, Options, RouteHop, generate
 from torrentlm.client.route_finder import ROUTE_TIMEOUT_S, Directory, find_route
 from torrentlm.client.session import Links, RemoteSession, open_session
@@ -46,6 +47,7 @@ class ModelClient:
         max_length: int | None,
         vocabulary: int,
         stop_tokens: Sequence[int],
+        decoder_start: int | None = None,
         waiting: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._links = links
@@ -53,7 +55,8 @@ class ModelClient:
         self._model = model
         self.tokenizer = tokenizer
         self._nursery = nursery
-        self._max_length = max_length
+        self.max_length = max_length
+        self._decoder_start = decoder_start
         self.vocabulary = vocabulary
         self._stop_tokens = tuple(stop_tokens)
         self._waiting = waiting
@@ -113,10 +116,16 @@ class ModelClient:
 
     @asynccontextmanager
     async def session(
-        self, *, batch: int = 1, max_length: int, pads: tuple[int, ...] | None = None
+        self,
+        *,
+        batch: int = 1,
+        max_length: int,
+        pads: tuple[int, ...] | None = None,
+        side: int = -1,
+        encoded: tuple[Tensor, ...] = (),
     ) -> AsyncIterator[RemoteSession]:
         """:meth:`open`, closed on the way out."""
-        session = await self.open(batch=batch, max_length=max_length, pads=pads)
+        session = await self.open(batch=batch, max_length=max_length, pads=pads, side=side, encoded=encoded)
         try:
             yield session
         finally:
@@ -137,15 +146,41 @@ class ModelClient:
             ids = [int(token) for token in self.tokenizer(prompt)["input_ids"]]
         if not ids:
             raise RefusedError("the prompt is empty: there is nothing to continue", "bad_request")
+        self.require_writer()
+        if self.manifest.task == "seq2seq":
+            return await self._translate(ids, options, started, emit)
         length = len(ids) + options.max_new_tokens
-        if self._max_length is not None and length > self._max_length:
+        if self.max_length is not None and length > self.max_length:
             raise RefusedError(
                 f"{len(ids)} prompt tokens and {options.max_new_tokens} new ones make {length}, but this model ends at "
-                f"{self._max_length}: shorten the prompt or ask for fewer",
+                f"{self.max_length}: shorten the prompt or ask for fewer",
                 "max_length",
             )
         async with self.session(max_length=length) as session:
             return await generate(session, self.tokenizer, ids, self.complete(options), started=started, emit=emit)
+
+    def require_writer(self) -> None:
+        """Raise RefusedError for a model that only reads."""
+        if self.manifest.task == "encoder":
+            raise RefusedError("this model reads texts and writes none: use torrentlm embed", "bad_request")
+
+    async def _translate(
+        self, ids: list[int], options: Options, started: float, emit: Callable[[str], None]
+    ) -> GenerationResult:
+        """Let the encoder read ``ids``, and the decoder write."""
+        if self._decoder_start is None:
+            raise RefusedError("this model does not say with which token its decoder begins", "bad_request")
+        if self.max_length is not None and max(len(ids), options.max_new_tokens + 1) > self.max_length:
+            raise RefusedError(
+                f"{len(ids)} tokens to read and {options.max_new_tokens} to write: this model takes up to "
+                f"{self.max_length} of either",
+                "max_length",
+            )
+        states = await encode(self, [ids], 0)
+        encoded = (states, Tensor("BOOL", (1, len(ids)), b"\1" * len(ids)))
+        async with self.session(max_length=options.max_new_tokens + 1, encoded=encoded) as session:
+            start = [self._decoder_start]
+            return await generate(session, self.tokenizer, start, self.complete(options), started=started, emit=emit)
 
     def complete(self, options: Options) -> Options:
         """With the model's own end-of-text tokens among the stops."""
@@ -153,7 +188,11 @@ class ModelClient:
         return replace(options, stop=stop)
 
     def chat(self, system: str | None) -> ChatSession:
-        return ChatSession(self, ChatContext(self.tokenizer, system), min(CHAT_LENGTH, self._max_length or CHAT_LENGTH))
+        """Raises RefusedError for a model that does not continue a text."""
+        self.require_writer()
+        if self.manifest.task == "seq2seq":
+            raise RefusedError("this model has no memory of a chat: use torrentlm generate", "bad_request")
+        return ChatSession(self, ChatContext(self.tokenizer, system), min(CHAT_LENGTH, self.max_length or CHAT_LENGTH))
 
     def steps(self, batch: int, max_length: int, pads: tuple[int, ...]) -> StepSession:
         return StepSession(self, batch, max_length, pads)

@@ -48,6 +48,16 @@ def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
     return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
 
+def decoder_start(folder: Path) -> int | None:
+    """The token that a decoder begins with after an encoder has read: the files' own, else their first of a text."""
+    for key in ("decoder_start_token_id", "bos_token_id"):
+        for name in ("generation_config.json", "config.json"):
+            found = _settings(folder / name).get(key)
+            if type(found) is int:
+                return found
+    return None
+
+
 def context_length(folder: Path) -> int | None:
     """The longest text in tokens that the model is made for, if its config.json says."""
     return _of_text(folder, "max_position_embeddings")

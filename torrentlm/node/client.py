@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +10,10 @@ from typing import Any
 
 import trio
 
+from torrentlm.client.encoding import embed
 from torrentlm.client.model import ModelClient
-from torrentlm.compute.tokenizer import context_length, load_tokenizer, stop_tokens, vocabulary_size
+from torrentlm.client.pooling import Array
+from torrentlm.compute.tokenizer import context_length, decoder_start, load_tokenizer, stop_tokens, vocabulary_size
 from torrentlm.config import Settings
 from torrentlm.errors import ConfigError, FolderInUseError, StorageError
 from torrentlm.manifest.magnet import Magnet
@@ -35,6 +37,10 @@ class SwarmClient:
     node: Node
     membership: Membership
 
+    async def embed(self, texts: Sequence[str]) -> Array:
+        """See client.encoding.embed."""
+        return await embed(self.model, texts, self.membership.folder)
+
     async def stats(self) -> dict[str, Any]:
         return describe_network(self.node, self.membership)
 
@@ -54,7 +60,7 @@ async def open_client(settings: Settings, say: Say = lambda event: None) -> Asyn
     with single_error():
         async with open_node(config, say, _first_free_store) as node, trio.open_nursery() as nursery:
             membership = await node.join(magnet, timeout=JOIN_TIMEOUT_S)
-            tokenizer, ends, limit, vocabulary = await trio.to_thread.run_sync(_text_side, membership.folder)
+            tokenizer, ends, limit, vocabulary, start = await trio.to_thread.run_sync(_text_side, membership.folder)
             model = ModelClient(
                 node,
                 membership,
@@ -64,6 +70,7 @@ async def open_client(settings: Settings, say: Say = lambda event: None) -> Asyn
                 max_length=limit,
                 vocabulary=vocabulary,
                 stop_tokens=ends,
+                decoder_start=start,
                 waiting=lambda sentence: say({"event": "waiting", "why": sentence}),
             )
             yield SwarmClient(model, node, membership)
@@ -88,7 +95,7 @@ def _first_free_store(data: Path) -> Store:
     raise StorageError(f"{MAX_CLIENTS} clients use {data} already: choose another folder with --data")
 
 
-def _text_side(folder: Path) -> tuple[Any, tuple[int, ...], int | None, int]:
+def _text_side(folder: Path) -> tuple[Any, tuple[int, ...], int | None, int, int | None]:
     tokenizer = load_tokenizer(folder)
     vocabulary = vocabulary_size(folder) or len(tokenizer)
-    return tokenizer, stop_tokens(folder, tokenizer), context_length(folder), vocabulary
+    return tokenizer, stop_tokens(folder, tokenizer), context_length(folder), vocabulary, decoder_start(folder)

@@ -36,9 +36,10 @@ class Checkpoint:
 
     def files(self) -> Mapping[str, bytes]:
         found = {}
-        for path in sorted(self._folder.iterdir()):
-            if path.is_file() and is_payload(path.name):
-                found[path.name] = tidy(path.name, _read_small(path))
+        for path in sorted((*self._folder.iterdir(), *self._folder.glob("*/config.json"))):
+            name = path.relative_to(self._folder).as_posix()
+            if path.is_file() and is_payload(name):
+                found[name] = tidy(name, _read_small(path))
         if "config.json" not in found:
             raise ArtifactError(f"{self._folder} has no config.json; point to the folder of a Hugging Face model")
         code = collect(self._folder, read_settings(self._folder))

@@ -11,6 +11,7 @@ from torrentlm.errors import ArtifactError
 _PAYLOAD = re.compile(
     r"""config\.json | generation_config\.json | preprocessor_config\.json
     | tokenizer(_config)?\.json | special_tokens_map\.json | added_tokens\.json | chat_template\.(json|jinja)
+    | modules\.json | sentence_bert_config\.json | config_sentence_transformers\.json | \d+_[A-Za-z]+/config\.json
     | vocab\.(json|txt) | merges\.txt | [A-Za-z0-9_.-]+\.(model|tiktoken)
     | (LICEN[CS]E|NOTICE)[A-Za-z0-9_.-]*""",
     re.VERBOSE,
