@@ -102,6 +102,12 @@ def _choice(choices: tuple[str, ...]) -> Callable[[object, Path], str]:
     return read
 
 
+def _flag(value: object, base: Path) -> bool:
+    if value is not True and value is not False:
+        raise ValueError
+    return value
+
+
 def _endpoints(value: object, base: Path) -> tuple[Endpoint, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(item, str | Endpoint) for item in value):
         raise ValueError
@@ -151,6 +157,7 @@ _ENDPOINTS = Kind('a list of "HOST:PORT"', _endpoints, _words)
 _BOOTSTRAP = Kind('a list of "HOST:PORT", "public" or "none"', _bootstrap, _bootstrap_words, ("public", "none"))
 _BLOCKS = Kind('"auto", "none" or a range such as "0-10"', _blocks, str, ("auto", "none"))
 _PRECISION = Kind("one of " + ", ".join(map(repr, PRECISIONS)), _choice(PRECISIONS), str, PRECISIONS)
+_FLAG = Kind("true or false", _flag)
 _DTYPE = Kind("one of " + ", ".join(map(repr, DTYPES)), _choice(DTYPES), str, DTYPES)
 
 
@@ -163,6 +170,7 @@ class Recipe:
 
     The weights come from exactly one of ``folder`` (a Hugging Face checkpoint), ``gguf`` (a file), or ``package`` with
     ``file`` (a file in an installed Python package). ``dtype`` None: the checkpoint's own precision (GGUF: fp32).
+    ``tokenizer``: refuse a model that has none; ``allow_nan``: do not refuse weights that are NaN or infinite.
     """
 
     name: str
@@ -172,6 +180,8 @@ class Recipe:
     file: str | None = None
     layers_per_block: int = 1
     dtype: str | None = None
+    tokenizer: bool = True
+    allow_nan: bool = False
 
 
 def default_data(environment: Mapping[str, str] = os.environ) -> Path:
@@ -211,7 +221,7 @@ class Settings:
     node: NodeConfig = field(default_factory=NodeConfig)
 
 
-MODEL_KEYS = {"name": _TEXT, "layers_per_block": _COUNT, "dtype": _DTYPE}
+MODEL_KEYS = {"name": _TEXT, "layers_per_block": _COUNT, "dtype": _DTYPE, "tokenizer": _FLAG, "allow_nan": _FLAG}
 SOURCE_KEYS = {"folder": _PATH, "gguf": _PATH, "package": _TEXT, "file": _TEXT}
 NODE_KEYS = {
     "data": _PATH,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torrentlm.config import Recipe
@@ -64,7 +64,8 @@ def look_up(recipe: Recipe, data: Path) -> tuple[Location, Path]:
 
 def record_of(recipe: Recipe, location: Location, data: Path) -> Path:
     """The file that says what this recipe was published as, as long as its source does not change. Raises OSError."""
-    key = json.dumps([FORMAT, asdict(recipe), location.path, location.stamps()], default=str, sort_keys=True)
+    kept = replace(recipe, allow_nan=False, tokenizer=True)  # what these refuse or not, they change no byte
+    key = json.dumps([FORMAT, asdict(kept), location.path, location.stamps()], default=str, sort_keys=True)
     return data / "published" / hashlib.sha256(key.encode()).hexdigest()
 
 

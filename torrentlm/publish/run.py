@@ -1,0 +1,66 @@
+"""The light end of publishing: what an earlier run published is recognised without torch, which takes seconds."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from torrentlm.compute.threads import first_import
+from torrentlm.config import Recipe
+from torrentlm.publish.published import Progress, Published, recognise
+from torrentlm.swarm.store import Store
+
+WINDOW_S = 5.0
+"""The rate is that of the last so many seconds."""
+EVENT_EVERY_S = 0.1
+
+
+def run(recipe: Recipe, store: Store, progress: Progress) -> Published:
+    """Publish ``recipe`` into ``store``, or recognise what is published; blocks, and raises as ``publish`` does."""
+    known = recognise(recipe, store)
+    if known is not None:
+        return known
+    with first_import():
+        from torrentlm.publish.publish import publish
+
+    return publish(recipe, store, progress)
+
+
+class Pace:
+    """Makes ``progress`` events (docs/cli.md) of what ``publish`` reports: rate and time left, not too many of them."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._seen: deque[tuple[float, int]] = deque()
+        self._said: tuple[float, str] = (float("-inf"), "")
+
+    def __call__(self, done: int, total: int, what: str) -> dict[str, Any] | None:
+        """The event for this moment, or None if it is worth none. ``rate`` in bytes per second, ``left_s`` in seconds;
+        they are left out until there is something to tell them from.
+        """
+        now = self._clock()
+        self._seen.append((now, done))
+        while now - self._seen[0][0] > WINDOW_S:
+            self._seen.popleft()
+        when, before = self._said
+        if now - when < EVENT_EVERY_S and what == before and done != total:
+            return None
+        self._said = now, what
+        event: dict[str, Any] = {"event": "progress", "what": f"publishing {what}", "done": done, "total": total}
+        began, first = self._seen[0]
+        if now > began and done > first:
+            rate = (done - first) / (now - began)
+            event |= {"rate": rate, "left_s": (total - done) / rate}
+        return event
+
+
+def published_event(published: Published) -> dict[str, Any]:
+    """The ``published`` event of docs/cli.md."""
+    return {
+        "event": "published",
+        "name": published.manifest.name,
+        "magnet": str(published.magnet),
+        "size": published.manifest.size,
+        "left_out": list(published.left_out),
+    }
