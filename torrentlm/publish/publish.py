@@ -29,7 +29,6 @@ from torrentlm.manifest.torrent import Torrent, multi_file, safe_name
 from torrentlm.publish.checkpoint import Checkpoint
 from torrentlm.publish.checks import Finiteness, require_known, require_tokenizer
 from torrentlm.publish.convert import TORCH_DTYPES, converted
-from torrentlm.publish.gguf_file import GGUFFile
 from torrentlm.publish.payload import to_json
 from torrentlm.publish.plan import Plan, plan
 from torrentlm.publish.published import Progress, Published, look_up, recall, remember
@@ -68,7 +67,7 @@ class _Model:
 
 def _publish(recipe: Recipe, location: Location, store: Store, stage: Staging, progress: Progress) -> Published:
     progress(0, 1, f"reading {location.path.name}")
-    source: Source = GGUFFile(location.path) if location.is_gguf else Checkpoint(location.path)
+    source = _open(location)
     payload = dict(source.files())
     require_known(payload["config.json"], location.path)
     if recipe.tokenizer:
@@ -90,6 +89,14 @@ def _publish(recipe: Recipe, location: Location, store: Store, stage: Staging, p
     distinct = tuple({torrent.name: torrent for torrent in torrents}.values())
     finiteness.tell()
     return _move_in(manifest, distinct, payload, store, stage.folder, planned.left_out)
+
+
+def _open(location: Location) -> Source:
+    if not location.is_gguf:
+        return Checkpoint(location.path)
+    from torrentlm.publish.gguf_file import GGUFFile  # takes a second to import
+
+    return GGUFFile(location.path)
 
 
 def _understand(config_json: bytes, dtype: str | None, staging: Path) -> _Model:
