@@ -171,6 +171,7 @@ class Recipe:
     The weights come from exactly one of ``folder`` (a Hugging Face checkpoint), ``gguf`` (a file), or ``package`` with
     ``file`` (a file in an installed Python package). ``dtype`` None: the checkpoint's own precision (GGUF: fp32).
     ``tokenizer``: refuse a model that has none; ``allow_nan``: do not refuse weights that are NaN or infinite.
+    ``consume``: remove the folder's weight files once they are published.
     """
 
     name: str
@@ -182,6 +183,7 @@ class Recipe:
     dtype: str | None = None
     tokenizer: bool = True
     allow_nan: bool = False
+    consume: bool = False
 
 
 def default_data(environment: Mapping[str, str] = os.environ) -> Path:
@@ -222,7 +224,7 @@ class Settings:
 
 
 MODEL_KEYS = {"name": _TEXT, "layers_per_block": _COUNT, "dtype": _DTYPE, "tokenizer": _FLAG, "allow_nan": _FLAG}
-SOURCE_KEYS = {"folder": _PATH, "gguf": _PATH, "package": _TEXT, "file": _TEXT}
+SOURCE_KEYS = {"folder": _PATH, "gguf": _PATH, "package": _TEXT, "file": _TEXT, "consume": _FLAG}
 NODE_KEYS = {
     "data": _PATH,
     "host": _TEXT,
@@ -330,6 +332,8 @@ def _recipe(model: Mapping[str, object], base: Path, file: str) -> Recipe:
             f"[model.source] in {file} must have exactly one of folder, gguf and package"
             f" (it has {' and '.join(given) or 'none of them'})."
         )
+    if values.get("consume") and "folder" not in values:
+        raise ConfigError(f"consume in [model.source] of {file} is for a folder; other sources are left alone.")
     if ("package" in values) != ("file" in values):
         raise ConfigError(f"[model.source] in {file} must have package and file together, or neither.")
     return Recipe(**values)

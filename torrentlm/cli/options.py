@@ -45,6 +45,7 @@ _HOLDING: tuple[Decorator, ...] = (
 _PUBLISHING: tuple[Decorator, ...] = (
     click.option("--allow-nan", is_flag=True, help="Publish weights that are NaN or infinite."),
     click.option("--no-tokenizer", is_flag=True, help="Publish a model that has no tokenizer."),
+    click.option("--consume", is_flag=True, help="Remove the folder's weight files once they are published."),
 )
 
 
@@ -125,18 +126,21 @@ def settings_of(model: str, options: Mapping[str, object], *, client: bool = Fal
 
 
 def _letting_pass(settings: Settings, options: Mapping[str, object]) -> Settings:
-    given = {name: options.get(name) for name in ("allow_nan", "no_tokenizer") if options.get(name)}
+    given = {name: options.get(name) for name in ("allow_nan", "consume", "no_tokenizer") if options.get(name)}
     if not given:
         return settings
     if settings.recipe is None:
         option = "--" + min(given).replace("_", "-")
         raise ConfigError(f"{option} is for publishing; a magnet names what is published already.")
     recipe = settings.recipe
+    if "consume" in given and recipe.folder is None:
+        raise ConfigError("--consume is for a folder; other sources are left alone.")
     return replace(
         settings,
         recipe=replace(
             recipe,
             allow_nan=recipe.allow_nan or "allow_nan" in given,
+            consume=recipe.consume or "consume" in given,
             tokenizer=recipe.tokenizer and "no_tokenizer" not in given,
         ),
     )

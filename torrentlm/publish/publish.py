@@ -51,7 +51,7 @@ def publish(recipe: Recipe, store: Store, progress: Progress | None = None) -> P
         return known
     with staging(store, f"{record.name} {recipe.allow_nan}") as stage:
         published = _publish(recipe, location, store, stage, progress or (lambda done, total, what: None))
-        remember(record, published)
+        remember(record, published.model.v2)
         return published
 
 

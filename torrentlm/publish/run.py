@@ -8,6 +8,7 @@ from typing import Any
 
 from torrentlm.compute.threads import first_import
 from torrentlm.config import Recipe
+from torrentlm.publish.consume import consume, finish_consuming
 from torrentlm.publish.published import Progress, Published, recognise
 from torrentlm.swarm.store import Store
 
@@ -17,14 +18,20 @@ EVENT_EVERY_S = 0.1
 
 
 def run(recipe: Recipe, store: Store, progress: Progress) -> Published:
-    """Publish ``recipe`` into ``store``, or recognise what is published; blocks, and raises as ``publish`` does."""
-    known = recognise(recipe, store)
-    if known is not None:
-        return known
-    with first_import():
-        from torrentlm.publish.publish import publish
+    """Publish ``recipe`` into ``store``, or recognise what is published, and remove its source if that is asked for.
 
-    return publish(recipe, store, progress)
+    Blocks, and raises as ``publish`` does.
+    """
+    finish_consuming(recipe, store)
+    published = recognise(recipe, store)
+    if published is None:
+        with first_import():
+            from torrentlm.publish.publish import publish
+
+        published = publish(recipe, store, progress)
+    if recipe.consume:
+        consume(recipe, store, published)
+    return published
 
 
 class Pace:
