@@ -146,7 +146,10 @@ def _write_blocks(
 ) -> list[Torrent]:
     """Stage every file that neither the store has nor an earlier run staged; their torrents, in the plan's order."""
     total = sum(layout.size for layout in layouts)
-    done = 0
+    keys = [made_from(layout, file.tensors) for file, layout in zip(planned.files, layouts, strict=True)]
+    found = [stage.find(key) for key in keys]
+    done = sum(torrent.size for torrent in found if torrent is not None)
+    progress(done, total, "blocks")
     torrents = []
     for index, (file, layout) in enumerate(zip(planned.files, layouts, strict=True)):
         what = " and ".join(str(block) for block in planned.blocks if index in block.files)
@@ -156,13 +159,10 @@ def _write_blocks(
             done += count
             progress(done, total, what)
 
-        key = made_from(layout, file.tensors)
-        torrent = stage.find(key)
+        torrent = found[index]
         if torrent is None:
             torrent = write_block(layout, file.tensors, source, stage.folder, report, inspect)
-            stage.add(key, torrent)
-        else:
-            report(layout.size)
+            stage.add(keys[index], torrent)
         torrents.append(torrent)
     return torrents
 

@@ -14,6 +14,8 @@ from torrentlm.swarm.store import Store
 
 WINDOW_S = 5.0
 """The rate is that of the last so many seconds."""
+ENOUGH_S = 0.5
+"""Over less than this a rate says nothing."""
 EVENT_EVERY_S = 0.1
 
 
@@ -40,6 +42,7 @@ class Pace:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._seen: deque[tuple[float, int]] = deque()
+        self._total = 0
         self._said: tuple[float, str] = (float("-inf"), "")
 
     def __call__(self, done: int, total: int, what: str) -> dict[str, Any] | None:
@@ -47,6 +50,9 @@ class Pace:
         they are left out until there is something to tell them from.
         """
         now = self._clock()
+        if total != self._total:
+            self._total = total
+            self._seen.clear()  # what was there before the work began is no speed
         self._seen.append((now, done))
         while now - self._seen[0][0] > WINDOW_S:
             self._seen.popleft()
@@ -56,7 +62,7 @@ class Pace:
         self._said = now, what
         event: dict[str, Any] = {"event": "progress", "what": f"publishing {what}", "done": done, "total": total}
         began, first = self._seen[0]
-        if now > began and done > first:
+        if now - began >= ENOUGH_S and done > first:
             rate = (done - first) / (now - began)
             event |= {"rate": rate, "left_s": (total - done) / rate}
         return event
