@@ -32,9 +32,8 @@ from torrentlm.wire.messages import MAX_BATCH, MAX_TOKENS, Want
 if TYPE_CHECKING:
     import torch
 
-    from torrentlm.client.pooling import Array
-
     from torrentlm.client.as_transformers import SwarmForCausalLM
+    from torrentlm.client.pooling import Array
 
 Hear = Callable[[str], None]
 OnEvent = Callable[[dict[str, Any]], None]

@@ -198,6 +198,8 @@ class Recipe:
 
     ``layer_stacks``, ``task`` and ``replay`` say how to split what cannot be split by looking at it, see
     docs/model-toml.md.
+    ``tokenizer``: refuse a model that has none; ``allow_nan``: do not refuse weights that are NaN or infinite.
+    ``consume``: remove the folder's weight files once they are published.
     """
 
     name: str
@@ -209,6 +211,9 @@ class Recipe:
     seed: int = 0
     layers_per_block: int = 1
     dtype: str | None = None
+    tokenizer: bool = True
+    allow_nan: bool = False
+    consume: bool = False
     layer_stacks: tuple[str, ...] = ()
     task: str = "auto"
     replay: bool = False
@@ -253,8 +258,16 @@ class Settings:
     node: NodeConfig = field(default_factory=NodeConfig)
 
 
-MODEL_KEYS = {"name": _TEXT, "layers_per_block": _COUNT, "dtype": _DTYPE}
-SOURCE_KEYS = {"folder": _PATH, "gguf": _PATH, "package": _TEXT, "file": _TEXT, "config": _PATH, "seed": _SEED}
+MODEL_KEYS = {"name": _TEXT, "layers_per_block": _COUNT, "dtype": _DTYPE, "tokenizer": _FLAG, "allow_nan": _FLAG}
+SOURCE_KEYS = {
+    "folder": _PATH,
+    "gguf": _PATH,
+    "package": _TEXT,
+    "file": _TEXT,
+    "config": _PATH,
+    "seed": _SEED,
+    "consume": _FLAG,
+}
 SPLIT_KEYS = {"layer_stacks": _TEXTS, "task": _TASK, "replay": _FLAG}
 NODE_KEYS = {
     "data": _PATH,
@@ -372,6 +385,8 @@ def _recipe(model: Mapping[str, object], base: Path, file: str) -> Recipe:
             f"[model.source] in {file} must have exactly one of folder, gguf, package and config"
             f" (it has {' and '.join(given) or 'none of them'})."
         )
+    if values.get("consume") and "folder" not in values:
+        raise ConfigError(f"consume in [model.source] of {file} is for a folder; other sources are left alone.")
     if ("package" in values) != ("file" in values):
         raise ConfigError(f"[model.source] in {file} must have package and file together, or neither.")
     return Recipe(**values)

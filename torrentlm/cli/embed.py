@@ -20,7 +20,11 @@ SHOWN = 4
 @click.command(short_help="Turn texts into vectors.")
 @model_argument
 @click.option(
-    "--text", "texts", multiple=True, metavar="TEXT", help="Repeatable. Without any, each line of standard input is one."
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="TEXT",
+    help="Repeatable. Without any, each line of standard input is one.",
 )
 @client_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; see docs/cli.md.")

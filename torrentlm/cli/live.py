@@ -67,12 +67,28 @@ def _blocks(view: SwarmView) -> str:
     return "starting" + (f"; the model has {view.blocks_total}" if of_all else "")
 
 
+@contextlib.contextmanager
+def progress_view(console: Console | None = None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show a bar that follows the ``progress`` events given to that function, on stderr; it vanishes in the end."""
+    view = SwarmView()
+
+    def picture() -> RenderableType:
+        what = Text(view.what or "starting", style="dim")
+        return Group(what, _bar(view)) if view.total > 1 else what
+
+    with Live(
+        get_renderable=picture, console=console or Console(stderr=True), refresh_per_second=4, transient=True
+    ):  # fmt: skip
+        yield view.apply
+
+
 def _bar(view: SwarmView) -> RenderableType:
     row = Table.grid(padding=(0, 1))
     row.add_row(
         ProgressBar(total=max(view.total, 1), completed=view.done, width=40),
         f"{text.size(view.done)} of {text.size(view.total)}",
         text.rate(view.rate) if view.rate else "",
+        f"{text.duration(view.left)} left" if view.left is not None else "",
     )
     return row
 

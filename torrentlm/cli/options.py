@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from math import isnan
 from typing import Any, TypeVar
 
 import click
 
 from torrentlm.config import NODE_KEYS, PRECISIONS, Settings, load, variable_of
+from torrentlm.errors import ConfigError
 from torrentlm.records import RANGES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,6 +48,13 @@ _HOLDING: tuple[Decorator, ...] = (
 )
 
 
+_PUBLISHING: tuple[Decorator, ...] = (
+    click.option("--allow-nan", is_flag=True, help="Publish weights that are NaN or infinite."),
+    click.option("--no-tokenizer", is_flag=True, help="Publish a model that has no tokenizer."),
+    click.option("--consume", is_flag=True, help="Remove the folder's weight files once they are published."),
+)
+
+
 def _apply(command: F, options: Iterable[Decorator]) -> F:
     """Decorate so that help shows the options in the order given."""
     for option in reversed(list(options)):
@@ -70,6 +79,16 @@ def client_options(command: F) -> F:
 def node_options(command: F) -> F:
     """Every key of [node] as an option."""
     return _apply(command, (*_NETWORK, *_HOLDING))
+
+
+def data_option(command: F) -> F:
+    """The data folder alone."""
+    return _apply(command, _NETWORK[:1])
+
+
+def publish_options(command: F) -> F:
+    """What a publisher lets pass; the same as keys of [model]."""
+    return _apply(command, _PUBLISHING)
 
 
 def sampling_options(command: F) -> F:
@@ -109,4 +128,25 @@ def settings_of(model: str, options: Mapping[str, object], *, client: bool = Fal
     overrides = {name: options[name] for name in NODE_KEYS if options.get(name) not in (None, ())}
     if client and not os.environ.get(variable_of("port")):
         overrides.setdefault("port", 0)
-    return load(model, overrides=overrides)
+    return _letting_pass(load(model, overrides=overrides), options)
+
+
+def _letting_pass(settings: Settings, options: Mapping[str, object]) -> Settings:
+    given = {name: options.get(name) for name in ("allow_nan", "consume", "no_tokenizer") if options.get(name)}
+    if not given:
+        return settings
+    if settings.recipe is None:
+        option = "--" + min(given).replace("_", "-")
+        raise ConfigError(f"{option} is for publishing; a magnet names what is published already.")
+    recipe = settings.recipe
+    if "consume" in given and recipe.folder is None:
+        raise ConfigError("--consume is for a folder; other sources are left alone.")
+    return replace(
+        settings,
+        recipe=replace(
+            recipe,
+            allow_nan=recipe.allow_nan or "allow_nan" in given,
+            consume=recipe.consume or "consume" in given,
+            tokenizer=recipe.tokenizer and "no_tokenizer" not in given,
+        ),
+    )

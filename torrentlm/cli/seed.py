@@ -13,7 +13,7 @@ from types import FrameType
 import click
 
 from torrentlm.cli.engine import prepare
-from torrentlm.cli.options import model_argument, node_options, settings_of
+from torrentlm.cli.options import model_argument, node_options, publish_options, settings_of
 
 Event = dict[str, object]
 
@@ -21,6 +21,7 @@ Event = dict[str, object]
 @click.command(short_help="Publish or join a model, hold blocks and serve them.")
 @model_argument
 @node_options
+@publish_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line, an event each; see docs/cli.md.")
 def command(model: str, as_json: bool, **options: object) -> int:
     """Publish or join MODEL, hold what fits of it, and serve it until Ctrl-C."""

@@ -21,6 +21,7 @@ class SwarmView:
     done: int = 0
     total: int = 0
     rate: float = 0.0
+    left: float | None = None
     download: float = 0.0
     upload: float = 0.0
     peers: dict[str, str] = field(default_factory=dict)
@@ -41,6 +42,7 @@ class SwarmView:
             self.what = str(event.get("what", ""))
             self.done, self.total = int(event.get("done", 0)), int(event.get("total", 0))
             self.rate = float(event.get("rate", 0.0))
+            self.left = event.get("left_s")
         elif kind == "ready":
             self.ready, self.what = True, ""
             self.blocks = list(event.get("blocks", []))

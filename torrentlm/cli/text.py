@@ -38,6 +38,13 @@ def rate(per_second: float) -> str:
     return f"{size(per_second)}/s"
 
 
+def duration(seconds: float) -> str:
+    """``75`` → ``1:15``, ``4000`` → ``1:06:40``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 

@@ -15,7 +15,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _SHAPE_ONLY = frozenset(
-    ["empty_like", "full_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like"]
+    [
+        "empty_like",
+        "full_like",
+        "new_empty",
+        "new_empty_strided",
+        "new_full",
+        "new_ones",
+        "new_zeros",
+        "ones_like",
+        "rand_like",
+        "randint_like",
+        "randn_like",
+        "zeros_like",
+    ]
 )
 """Operations whose results depend on the shapes of their arguments alone."""
 _SHAPE_OF_SECOND = frozenset(["expand_as", "reshape_as", "type_as", "view_as"])

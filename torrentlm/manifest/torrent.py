@@ -52,39 +52,55 @@ class FileHashes:
 
 
 class Hasher:
-    """Both hash trees of one file in one pass: feed bytes in any chunks, then ``finish``."""
+    """Both hash trees of one file in one pass: feed bytes in any chunks, then ``finish``.
+
+    ``update`` feeds both. ``update_v1`` and ``update_v2`` feed one each and share nothing, so that two threads can work
+    at once; hashlib leaves the interpreter to others meanwhile.
+    """
 
     def __init__(self, piece_length: int) -> None:
         self._piece_length = piece_length
-        self._size = 0
+        self._v1_size = 0
         self._v1_piece = hashlib.sha1(usedforsecurity=False)
         self._v1_pieces: list[bytes] = []
+        self._v2_size = 0
         self._leaf = hashlib.sha256()
         self._leaves: list[bytes] = []
 
     def update(self, data: bytes | memoryview) -> None:
+        self.update_v1(data)
+        self.update_v2(data)
+
+    def update_v1(self, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
         while view:
-            chunk = view[: LEAF - self._size % LEAF]
+            chunk = view[: self._piece_length - self._v1_size % self._piece_length]
             self._v1_piece.update(chunk)
-            self._leaf.update(chunk)
-            self._size += len(chunk)
+            self._v1_size += len(chunk)
             view = view[len(chunk) :]
-            if self._size % LEAF == 0:
+            if self._v1_size % self._piece_length == 0:
+                self._end_piece()
+
+    def update_v2(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            chunk = view[: LEAF - self._v2_size % LEAF]
+            self._leaf.update(chunk)
+            self._v2_size += len(chunk)
+            view = view[len(chunk) :]
+            if self._v2_size % LEAF == 0:
                 self._end_leaf()
-                if self._size % self._piece_length == 0:
-                    self._end_piece()
 
     def finish(self, *, padded: bool = False) -> FileHashes:
         """The hashes; ``padded`` when a pad file fills the last v1 piece with zeros."""
-        if self._size % LEAF:
+        if self._v2_size % LEAF:
             self._end_leaf()
-        if left := -self._size % self._piece_length:
+        if left := -self._v1_size % self._piece_length:
             if padded:
                 self._v1_piece.update(bytes(left))
             self._end_piece()
         root, layer = _tree(self._leaves, self._piece_length)
-        return FileHashes(self._size, b"".join(self._v1_pieces), root, layer)
+        return FileHashes(self._v2_size, b"".join(self._v1_pieces), root, layer)
 
     def _end_leaf(self) -> None:
         self._leaves.append(self._leaf.digest())
@@ -180,7 +196,7 @@ def pieces_root(path: Path) -> bytes:
     buffer = memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            hasher.update(buffer[:count])
+            hasher.update_v2(buffer[:count])
     return hasher.finish().root
 
 

@@ -5,18 +5,18 @@ The events are those of docs/cli.md; each is a plain dict with a key ``event``.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
 import trio
 
-from torrentlm.compute.threads import first_import
 from torrentlm.config import Recipe, Settings
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.membership import Membership
 from torrentlm.node.node import Node, open_node
 from torrentlm.node.parts import Say
-from torrentlm.publish.published import Progress, Published, recognise
+from torrentlm.publish.run import Pace, published_event, run
 from torrentlm.records import Endpoint
 
 WATCH_EVERY_S = 1.0
@@ -49,26 +49,16 @@ def reachable_endpoint(node: Node) -> Endpoint:
 
 
 async def _publish(node: Node, recipe: Recipe, say: Say) -> Magnet:
+    pace = Pace(time.monotonic)
+
     def progress(done: int, total: int, what: str) -> None:
-        event = {"event": "progress", "what": f"publishing {what}", "done": done, "total": total}
         trio.from_thread.check_cancelled()  # where a cancelled publishing ends
-        trio.from_thread.run_sync(say, event)
+        if (event := pace(done, total, what)) is not None:
+            trio.from_thread.run_sync(say, event)
 
-    published = await trio.to_thread.run_sync(_publish_in_thread, recipe, node, progress)
-    name, magnet = published.manifest.name, str(published.magnet)
-    say({"event": "published", "name": name, "magnet": magnet, "left_out": list(published.left_out)})
+    published = await trio.to_thread.run_sync(run, recipe, node.parts.store, progress, node.parts.config.allow_code)
+    say(published_event(published))
     return published.magnet
-
-
-def _publish_in_thread(recipe: Recipe, node: Node, progress: Progress) -> Published:
-    """What an earlier run published is recognised without torch, whose import takes seconds."""
-    known = recognise(recipe, node.parts.store)
-    if known is not None:
-        return known
-    with first_import():
-        from torrentlm.publish.publish import publish
-
-    return publish(recipe, node.parts.store, progress, node.parts.config.allow_code)
 
 
 def _ready(node: Node, membership: Membership) -> dict[str, Any]:

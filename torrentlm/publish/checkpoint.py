@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -30,6 +31,12 @@ class Checkpoint:
     def tensors(self) -> Mapping[str, TensorSpec]:
         return {name: placed.tensor for name, (_, placed) in self._places.items()}
 
+    @property
+    def weight_files(self) -> Mapping[Path, frozenset[str]]:
+        """The files that hold the tensors, each with the names of all tensors in it, listed in an index or not."""
+        paths = {path for path, _ in self._places.values()}
+        return {path: frozenset(_tensors(path)) for path in sorted(paths)}
+
     def read(self, name: str) -> Iterator[memoryview]:
         path, placed = self._places[name]
         return read_exactly(path, placed.start, placed.tensor.nbytes)
@@ -56,8 +63,8 @@ class Checkpoint:
             yield from self._find_shards()
         elif pickled := sorted(path.name for path in self._folder.iterdir() if path.suffix in PICKLED):
             raise ArtifactError(
-                f"{self._folder / pickled[0]} is a pickle, which can run code when it is read;"
-                " convert the checkpoint to safetensors and publish that"
+                f"{self._folder / pickled[0]} is a pickle, which can run code when it is read; convert the checkpoint"
+                f" without running any: torrentlm convert {shlex.quote(str(self._folder))}"
             )
         else:
             raise ArtifactError(f"{self._folder} has neither {SINGLE} nor {INDEX}; fetch the whole checkpoint")
@@ -65,7 +72,7 @@ class Checkpoint:
     def _find_shards(self) -> Iterator[tuple[str, tuple[Path, Placed]]]:
         index = self._folder / INDEX
         shards: dict[str, Mapping[str, Placed]] = {}
-        for name, shard in _weight_map(index).items():
+        for name, shard in read_index(index, (".safetensors",)).items():
             path = self._folder / shard
             if shard not in shards:
                 if not path.is_file():
@@ -85,20 +92,20 @@ def _tensors(path: Path) -> dict[str, Placed]:
     return {placed.tensor.name: placed for placed in layout.tensors}
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name to shard; shards are files of the same folder."""
+def read_index(index: Path, endings: tuple[str, ...]) -> dict[str, str]:
+    """Tensor name to shard; shards are files of the same folder, whose names end so."""
+
+    def is_shard(name: object) -> bool:
+        return isinstance(name, str) and PurePath(name).name == name and name.endswith(endings)
+
     try:
         document = json.loads(_read_small(index))
     except (ValueError, RecursionError):
         document = None
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_shard, weight_map.values())):
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(is_shard, weight_map.values())):
         raise ArtifactError(f"{index} is not a usable index of shards; fetch it again")
     return weight_map
-
-
-def _is_shard(name: object) -> bool:
-    return isinstance(name, str) and PurePath(name).name == name and name.endswith(".safetensors")
 
 
 def _read_small(path: Path) -> bytes:

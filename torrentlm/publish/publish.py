@@ -1,7 +1,7 @@
 """Publish a model: stream its tensors into block files in the node's store, and describe them in the model torrent.
 
 One pass over the weights: each tensor is read, converted, written and hashed, and nothing larger than one tensor is in
-memory. New files are staged, and appear in the store only when all of them are complete::
+memory. New files are staged (publish/staging.py), and appear in the store only when all of them are complete::
 
     source ──▶ plan (which tensor, which file) ──▶ publishing/*.safetensors ──▶ blocks/<pieces root>.safetensors
        └──▶ config, tokenizer, … + manifest + block torrents ──▶ publishing/model ──▶ models/<v2 hex>/<name>/
@@ -9,34 +9,34 @@ memory. New files are staged, and appear in the store only when all of them are 
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from torrentlm.compute.skeleton import build_skeleton, read_config
-from torrentlm.compute.split import Split, analyse_sides, named_weights
+from torrentlm.compute.split import Hints, Split, analyse_sides, named_weights
 from torrentlm.config import Recipe
-from torrentlm.errors import ArtifactError, StorageError, UnsupportedModelError
+from torrentlm.errors import ArtifactError, UnsupportedModelError
 from torrentlm.manifest import canonical
 from torrentlm.manifest.canonical import TensorSpec
 from torrentlm.manifest.manifest import FILE_NAME, BlockEntry, BlockFile, FileEntry, Manifest, Side
 from torrentlm.manifest.torrent import Torrent, multi_file, safe_name
 from torrentlm.publish.checkpoint import Checkpoint
+from torrentlm.publish.checks import Finiteness, require_known, require_tokenizer
 from torrentlm.publish.convert import TORCH_DTYPES, converted
-from torrentlm.publish.gguf_file import GGUFFile
 from torrentlm.publish.payload import to_json
 from torrentlm.publish.plan import Plan, plan
 from torrentlm.publish.published import Progress, Published, look_up, recall, remember
+from torrentlm.publish.random_weights import RandomWeights
 from torrentlm.publish.source import Location, Source
-from torrentlm.publish.writer import write_block
-from torrentlm.swarm.store import Store, disk_full, storage_error
+from torrentlm.publish.staging import Staging, made_from, staging
+from torrentlm.publish.writer import Inspect, write_block
+from torrentlm.swarm.store import Store, disk_full
 
 
 def publish(
@@ -47,31 +47,16 @@ def publish(
     ``allow_code`` are the hashes of models' own code that may run. Blocks: call it in a worker thread. The same
     weights give the same torrents, whatever folder, machine or sharding they come from. Raises ConfigError (no such
     source), ArtifactError (a broken checkpoint), UnsupportedModelError, or StorageError (disk full, not writable);
-    whatever it raises, nothing half-published is left.
+    whatever it raises, nothing half-published is left. A run that was killed or
+    interrupted is taken up where it was: complete files are not written again.
     """
     location, record = look_up(recipe, store.data)
     if known := recall(record, store):
         return known
-    with _staging(store) as staging:
-        published = _publish(recipe, location, store, staging, progress or (lambda done, total, what: None), allow_code)
-        remember(record, published)
+    with staging(store, f"{record.name} {recipe.allow_nan}") as stage:
+        published = _publish(recipe, location, store, stage, progress or (lambda done, total, what: None), allow_code)
+        remember(record, published.model.v2)
         return published
-
-
-@contextmanager
-def _staging(store: Store) -> Iterator[Path]:
-    """A folder on the store's disk that is gone afterwards, come what may; translates what the disk says."""
-    folder = store.data / "publishing"
-    try:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed; the store is locked, so nobody uses it
-        folder.mkdir()
-        yield folder
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(f"disk full while publishing into {store.data}; free some space there") from error
-        raise storage_error(error, store.data) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +73,17 @@ def _publish(
     recipe: Recipe,
     location: Location,
     store: Store,
-    staging: Path,
+    stage: Staging,
     progress: Progress,
     allow_code: Collection[str],
 ) -> Published:
     progress(0, 1, f"reading {location.path.name}")
-    source: Source = GGUFFile(location.path) if location.is_gguf else Checkpoint(location.path)
+    source = _open(location, recipe)
     payload = dict(source.files())
-    model = _understand(payload, recipe.dtype, staging, allow_code)
+    require_known(payload["config.json"], location.path)
+    if recipe.tokenizer and not location.is_config:
+        require_tokenizer(payload.keys(), location.path)
+    model = _understand(payload, recipe, stage.folder, allow_code)
     payload["config.json"] = to_json(model.settings)
     _check_shapes(source, model)
     planned = plan(source.tensors, model.shapes, model.sides, recipe.layers_per_block)
@@ -104,16 +92,29 @@ def _publish(
         canonical.layout(replace(specs[stored], name=name) for name, stored in file.tensors.items())
         for file in planned.files
     ]
-    _require_space(store, sum(layout.size for layout in layouts))
-    torrents = _write_blocks(source, planned, layouts, store, staging, progress)
+    _require_space(store, sum(layout.size for layout in layouts) - stage.size)
+    finiteness = Finiteness(location.path, allowed=recipe.allow_nan)
+    torrents = _write_blocks(source, planned, layouts, stage, finiteness, progress)
     dtype = _main_dtype(placed.tensor for layout in layouts for placed in layout.tensors)
     manifest = _manifest(recipe.name, model, dtype, planned, layouts, torrents)
     distinct = tuple({torrent.name: torrent for torrent in torrents}.values())
-    return _move_in(manifest, distinct, payload, store, staging, planned.left_out)
+    finiteness.tell()
+    return _move_in(manifest, distinct, payload, store, stage.folder, planned.left_out)
 
 
-def _understand(payload: Mapping[str, bytes], dtype: str | None, staging: Path, allow_code: Collection[str]) -> _Model:
+def _open(location: Location, recipe: Recipe) -> Source:
+    if location.is_config:
+        return RandomWeights(location.path, recipe.seed, recipe.dtype)
+    if not location.is_gguf:
+        return Checkpoint(location.path)
+    from torrentlm.publish.gguf_file import GGUFFile  # takes a second to import
+
+    return GGUFFile(location.path)
+
+
+def _understand(payload: Mapping[str, bytes], recipe: Recipe, staging: Path, allow_code: Collection[str]) -> _Model:
     """Build the model that config.json describes, on paper, and complete its settings."""
+    dtype = recipe.dtype
     settings = json.loads(payload["config.json"])
     if "quantization_config" in settings:
         raise UnsupportedModelError(
@@ -130,8 +131,9 @@ def _understand(payload: Mapping[str, bytes], dtype: str | None, staging: Path, 
     if dtype is not None:
         settings.pop("torch_dtype", None)
         settings["dtype"] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
+    hints = Hints(recipe.layer_stacks, encoder=recipe.task == "encoder", replay=recipe.replay)
     shapes = {name: tuple(weight.shape) for name, weight in named_weights(skeleton)}
-    return _Model(type(skeleton).__name__, shapes, analyse_sides(config), settings)
+    return _Model(type(skeleton).__name__, shapes, analyse_sides(config, hints), settings)
 
 
 def _check_shapes(source: Source, model: _Model) -> None:
@@ -155,13 +157,16 @@ def _write_blocks(
     source: Source,
     planned: Plan,
     layouts: Sequence[canonical.Layout],
-    store: Store,
-    staging: Path,
+    stage: Staging,
+    inspect: Inspect,
     progress: Progress,
 ) -> list[Torrent]:
-    """Stage every file that the store does not have; their torrents, in the plan's order."""
+    """Stage every file that neither the store has nor an earlier run staged; their torrents, in the plan's order."""
     total = sum(layout.size for layout in layouts)
-    done = 0
+    keys = [made_from(layout, file.tensors) for file, layout in zip(planned.files, layouts, strict=True)]
+    found = [stage.find(key) for key in keys]
+    done = sum(torrent.size for torrent in found if torrent is not None)
+    progress(done, total, "blocks")
     torrents = []
     for index, (file, layout) in enumerate(zip(planned.files, layouts, strict=True)):
         what = " and ".join(str(block) for block in planned.blocks if index in block.files)
@@ -171,9 +176,11 @@ def _write_blocks(
             done += count
             progress(done, total, what)
 
-        torrents.append(write_block(layout, file.tensors, source, staging, report))
-        if store.holds(torrents[-1].name):
-            (staging / torrents[-1].name).unlink()
+        torrent = found[index]
+        if torrent is None:
+            torrent = write_block(layout, file.tensors, source, stage.folder, report, inspect)
+            stage.add(keys[index], torrent)
+        torrents.append(torrent)
     return torrents
 
 

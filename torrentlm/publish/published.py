@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torrentlm.config import Recipe
@@ -64,15 +64,16 @@ def look_up(recipe: Recipe, data: Path) -> tuple[Location, Path]:
 
 def record_of(recipe: Recipe, location: Location, data: Path) -> Path:
     """The file that says what this recipe was published as, as long as its source does not change. Raises OSError."""
-    key = json.dumps([FORMAT, asdict(recipe), location.path, location.stamps()], default=str, sort_keys=True)
+    kept = replace(recipe, allow_nan=False, tokenizer=True, consume=False)  # they change no byte
+    key = json.dumps([FORMAT, asdict(kept), location.path, location.stamps()], default=str, sort_keys=True)
     return data / "published" / hashlib.sha256(key.encode()).hexdigest()
 
 
-def remember(record: Path, published: Published) -> None:
-    """Write the record, whole or not at all. Raises OSError."""
+def remember(record: Path, v2: bytes) -> None:
+    """Write that the record's source is published as the model torrent ``v2``, whole or not at all. Raises OSError."""
     record.parent.mkdir(exist_ok=True)
     temporary = record.with_suffix(".new")
-    temporary.write_text(published.model.v2.hex())
+    temporary.write_text(v2.hex())
     temporary.replace(record)
 
 
@@ -96,6 +97,14 @@ def recall(record: Path, store: Store) -> Published | None:
     """What the record names, if all of it is still in the store and unchanged; None otherwise."""
     try:
         v2 = bytes.fromhex(record.read_text())
+    except (OSError, ValueError):
+        return None
+    return load(v2, store)
+
+
+def load(v2: bytes, store: Store) -> Published | None:
+    """The published model with this v2 info-hash, if all of it is in the store and unchanged; None otherwise."""
+    try:
         encoded = store.load_torrent(v2)
         if encoded is None:
             return None

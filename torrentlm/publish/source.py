@@ -6,6 +6,7 @@ Finding them is cheap and imports nothing heavy, so that a second run can recogn
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torrentlm.manifest.canonical import TensorSpec
 
 CHUNK = 4 * 1024 * 1024
 """Bytes read or converted at a time; a multiple of every element's size."""
+BUFFERS = 2
+"""Chunks that are valid at once: while one is read, the one before may still be hashed by other threads."""
 
 
 class Source(Protocol):
@@ -29,7 +32,8 @@ class Source(Protocol):
     def read(self, name: str) -> Iterator[memoryview]:
         """The tensor's bytes, little-endian and in C order, in chunks of whole elements.
 
-        A chunk is valid until the next one is asked for. Raises ArtifactError when the file does not hold them.
+        A chunk is valid until ``BUFFERS`` more have been asked for.
+        Raises ArtifactError when the file does not hold them.
         """
 
     def files(self) -> Mapping[str, bytes]:
@@ -38,14 +42,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a recipe's weights lie: a Hugging Face folder or a GGUF file."""
+    """Where a recipe's weights lie: a Hugging Face folder, a GGUF file or a config.json that stands for random ones."""
 
     path: Path
     is_gguf: bool
+    is_config: bool = False
 
     def stamps(self) -> list[tuple[str, int, int]]:
         """Name, size and modification time (ns) of every file that may matter: equal stamps, same checkpoint."""
-        files = [self.path] if self.is_gguf else sorted(path for path in self.path.iterdir() if path.is_file())
+        files = [self.path] if self.path.is_file() else sorted(path for path in self.path.iterdir() if path.is_file())
         return [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
 
 
@@ -55,12 +60,18 @@ def locate(recipe: Recipe) -> Location:
         if not recipe.folder.is_dir():
             raise ConfigError(f"there is no folder {recipe.folder}; set folder to a Hugging Face checkpoint's folder")
         return Location(recipe.folder.resolve(), is_gguf=False)
+    if recipe.config is not None:
+        if not recipe.config.is_file():
+            raise ConfigError(f"there is no file {recipe.config}; set config to a model's config.json")
+        return Location(recipe.config.resolve(), is_gguf=False, is_config=True)
     if recipe.gguf is not None:
         path = recipe.gguf
     elif recipe.package is not None and recipe.file is not None:
         path = find_in_package(recipe.package, recipe.file)
+        if path.name == "config.json":
+            return Location(path.parent.resolve(), is_gguf=False)
     else:
-        raise ConfigError(f"the recipe for {recipe.name} has no source; set folder, gguf, or package and file")
+        raise ConfigError(f"the recipe for {recipe.name} has no source; set folder, gguf, config, or package and file")
     if not path.is_file():
         raise ConfigError(f"there is no file {path}; set gguf to a GGUF file")
     return Location(path.resolve(), is_gguf=True)
@@ -81,13 +92,17 @@ def find_in_package(package: str, file: str) -> Path:
 
 
 def read_exactly(path: Path, start: int, count: int) -> Iterator[memoryview]:
-    """``count`` bytes of a file from ``start`` on, in chunks of one reused buffer. Raises ArtifactError if it ends."""
-    buffer = memoryview(bytearray(min(count, CHUNK)))
+    """``count`` bytes of a file from ``start`` on, in chunks of ``BUFFERS`` reused buffers.
+
+    Raises ArtifactError if the file ends before.
+    """
+    few = min(BUFFERS, -(-count // CHUNK))
+    buffers = itertools.cycle([memoryview(bytearray(min(count, CHUNK))) for _ in range(few)])
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
             while count:
-                chunk = buffer[: min(count, CHUNK)]
+                chunk = next(buffers)[: min(count, CHUNK)]
                 filled = 0
                 while filled < len(chunk):
                     got = file.readinto(chunk[filled:])

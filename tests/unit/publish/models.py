@@ -31,6 +31,7 @@ def save_llama(
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder, **saving)
+    (folder / "tokenizer.json").write_text("{}")
     return model
 
 

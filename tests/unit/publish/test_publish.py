@@ -372,19 +372,3 @@ def test_disk_fails_half_way(code: int, folder: Path, store: Store, monkeypatch:
 
     monkeypatch.setattr(publishing, "write_block", write_block)
     refused(Recipe("m", folder), store, StorageError, "disk full" if code == errno.ENOSPC else "error")
-
-
-def test_stopped_half_way(folder: Path, store: Store) -> None:
-    before = listing(store.data)
-
-    def stop(done: int, total: int, what: str) -> None:
-        if done > total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        publish(Recipe("m", folder), store, stop)
-    assert listing(store.data) == before
-    (store.data / "publishing" / "block.part").parent.mkdir()
-    (store.data / "publishing" / "block.part").write_bytes(b"left by a killed run")
-    publish(Recipe("m", folder), store)
-    assert not (store.data / "publishing").exists()
