@@ -102,7 +102,7 @@ class Probe:
         self._forward = forward
         self._stack = stack
         self._names = names
-        self._provenance = Provenance()
+        self._provenance = Provenance(GhostProducts(model).compute)
         self._pass: Pass
         self._cache: Any
 
@@ -118,7 +118,7 @@ class Probe:
             watch.mark(weight, self.sources.bit(Weight(name)))
         watch.mark(arguments[ids], self.sources.bit(TokenIds()))
         try:
-            with self._watched_layers(), torch.no_grad(), GhostProducts(self._model), watch:
+            with self._watched_layers(), torch.no_grad(), watch:
                 result = self._forward(**arguments)
         except UnsupportedModelError:
             raise

@@ -6,8 +6,9 @@ sees integers, values made without gradients, and what is changed in place.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,10 +52,13 @@ class Sources:
 
 
 class Provenance(TorchDispatchMode):
-    """Follows sources through everything that runs in its ``with``. ``inside`` is added to all that has any source."""
+    """Follows sources through everything that runs in its ``with``. ``inside`` is added to all that has any source;
+    ``compute`` is what runs an operation.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, compute: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs)) -> None:
         super().__init__()
+        self._compute = compute
         self.inside = 0
         self.read = 0
         """All sources that any operation has had among its arguments."""
@@ -83,25 +87,38 @@ class Provenance(TorchDispatchMode):
         finally:
             self.inside = before
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and keeping it off costs more than most operations
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = func._schema.name.partition("::")[2].removesuffix("_out")
+        result = self._compute(func, args, kwargs)
+        counts, written = _habits(func)
         given = list(_tensors((args, kwargs)))
-        counting = [] if name in _SHAPE_ONLY else given[:1] if name in _SHAPE_OF_SECOND else given
         sources = 0
-        for tensor in counting:
+        for tensor in given[:counts]:
             sources |= self.of(tensor)
         self.read |= sources
         if sources:
             sources |= self.inside
+        for position, name in written:
+            for tensor in _tensors((args[position] if position < len(args) else kwargs.get(name),)):
+                self.mark(tensor, self.of(tensor) | sources)
         storages = {tensor.untyped_storage()._cdata for tensor in given}
-        for tensor in _written(func, args, kwargs):
-            self.mark(tensor, self.of(tensor) | sources)
         for tensor in _tensors((result,)):
             if tensor.untyped_storage()._cdata not in storages:  # no view, nothing changed in place
                 self.mark(tensor, sources)
         return result
+
+
+@cache
+def _habits(func: Any) -> tuple[int | None, tuple[tuple[int, str], ...]]:
+    """How many of its tensors an operation reads (None: all), and the arguments that it changes in place."""
+    name = func._schema.name.partition("::")[2]
+    counts = 0 if name in _SHAPE_ONLY else 1 if name in _SHAPE_OF_SECOND else None
+    arguments = enumerate(func._schema.arguments)
+    return counts, tuple((at, each.name) for at, each in arguments if each.alias_info and each.alias_info.is_write)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -113,10 +130,3 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
         elif isinstance(value, dict):
             yield from _tensors(value.values())
 
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """The arguments that the operation changes in place."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from _tensors((given,))

@@ -109,17 +109,26 @@ class GhostProducts(TorchDispatchMode):
         super().__init__()
         self._ghosts = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and keeping it off costs more than most operations
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS and not kwargs:
-            *added, left, right = args
+        return self.compute(func, args, kwargs or {})
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What the operation gives."""
+        if func.__name__ in _PRODUCTS:
+            left, right = args[1:3] if func.__name__ == "addmm.default" else args[:2]
             if {left.untyped_storage()._cdata, right.untyped_storage()._cdata} & self._ghosts:
-                shape = (*left.shape[:-1], right.shape[-1])
-                zeros = torch.zeros(shape, dtype=left.dtype, device=left.device)
-                return zeros + added[0] if added else zeros
-        return func(*args, **(kwargs or {}))
+                zeros = torch.zeros((*left.shape[:-1], right.shape[-1]), dtype=left.dtype, device=left.device)
+                return zeros + args[0] if func.__name__ == "addmm.default" else zeros
+        return func(*args, **kwargs)
 
 
-_PRODUCTS = frozenset((torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default))
+_PRODUCTS = frozenset(
+    f"{name}.default" for name in ("mm", "bmm", "addmm", "_grouped_mm", "grouped_mm_fallback")
+)
 
 
 class Ghosts:
