@@ -32,7 +32,6 @@ from whole import (
 
 from torrentlm.compute.inputs import Encoded
 from torrentlm.compute.span import SpanRunner
-from torrentlm.compute.split import Hints
 from torrentlm.errors import TorrentLMError, UnsupportedModelError
 from torrentlm.wire.messages import Want
 
@@ -68,7 +67,7 @@ def check(kind: str, name: str, model_class: str, folder: Path, whole_runs: Call
         return row
     whole_runs()
     try:
-        sides = thirds(model, folder, Hints(encoder=kind == "masked"))
+        sides = thirds(kind, model, folder)
     except UnsupportedModelError as error:
         row.outcome, row.reason = "refused", str(error)
         return row

@@ -47,12 +47,17 @@ class ChatContext:
         return chat_ids(self._tokenizer, [*system, *self.messages, {"role": "user", "content": text}])
 
     async def ask(
-        self, session: RemoteSession, text: str, options: Options, emit: Callable[[str], None]
+        self, session: RemoteSession, text: str, options: Options, emit: Callable[[str], None], *, trims: bool = True
     ) -> GenerationResult:
-        """One turn. The exchange becomes history, an answer that was cut short too (as far as it came)."""
+        """One turn. The exchange becomes history, an answer that was cut short too (as far as it came).
+
+        ``trims``: whether the holders can go back to any token; otherwise they go on from the last, or begin again.
+        """
         started = trio.current_time()
         ids = self._prompt(text)
         shared = _common_prefix(ids[:-1], self._cached[: session.length])
+        if not trims and shared < session.length:
+            shared = 0
         answer: list[str] = []
 
         def hear(piece: str) -> None:

@@ -15,7 +15,7 @@ from torrentlm.client.encoding import encode
 from torrentlm.client.generation import GenerationResult, Options, RouteHop, generate
 from torrentlm.client.route_finder import ROUTE_TIMEOUT_S, Directory, find_route
 from torrentlm.client.session import Links, RemoteSession, open_session
-from torrentlm.errors import HolderLostError, LocalProtocolError, NetworkError, RefusedError
+from torrentlm.errors import ArtifactError, HolderLostError, LocalProtocolError, NetworkError, RefusedError
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.records import Stop
 from torrentlm.route.plan import Hop
@@ -41,7 +41,7 @@ class ModelClient:
         links: Links,
         directory: Directory,
         model: bytes,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         nursery: trio.Nursery,
         *,
         max_length: int | None,
@@ -53,7 +53,7 @@ class ModelClient:
         self._links = links
         self._directory = directory
         self._model = model
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self._nursery = nursery
         self.max_length = max_length
         self._decoder_start = decoder_start
@@ -159,6 +159,18 @@ class ModelClient:
         async with self.session(max_length=length) as session:
             return await generate(session, self.tokenizer, ids, self.complete(options), started=started, emit=emit)
 
+    @property
+    def trims(self) -> bool:
+        """Whether every block's state can be cut at any token."""
+        return all(block.rewind == "trim" for block in self.manifest.blocks)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises ArtifactError for a model that was published without one."""
+        if self._tokenizer is None:
+            raise ArtifactError("this model was published without a tokenizer: send token ids, in a model.session()")
+        return self._tokenizer
+
     def require_writer(self) -> None:
         """Raise RefusedError for a model that only reads."""
         if self.manifest.task == "encoder":
@@ -215,7 +227,9 @@ class ChatSession:
             self.context.forget_cache()
             self._session = await self._client.open(max_length=self._max_length)
         try:
-            return await self.context.ask(self._session, text, self._client.complete(options), emit)
+            complete = self._client.complete(options)
+            trims = self._client.trims
+            return await self.context.ask(self._session, text, complete, emit, trims=trims)
         except RefusedError as error:
             if error.code != "max_length":
                 raise

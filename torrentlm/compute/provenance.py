@@ -56,7 +56,9 @@ class Provenance(TorchDispatchMode):
     ``compute`` is what runs an operation.
     """
 
-    def __init__(self, compute: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs)) -> None:
+    def __init__(
+        self, compute: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs)
+    ) -> None:
         super().__init__()
         self._compute = compute
         self.inside = 0
@@ -129,4 +131,3 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
         elif isinstance(value, dict):
             yield from _tensors(value.values())
-

@@ -126,9 +126,7 @@ class GhostProducts(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-_PRODUCTS = frozenset(
-    f"{name}.default" for name in ("mm", "bmm", "addmm", "_grouped_mm", "grouped_mm_fallback")
-)
+_PRODUCTS = frozenset(f"{name}.default" for name in ("mm", "bmm", "addmm", "_grouped_mm", "grouped_mm_fallback"))
 
 
 class Ghosts:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torrentlm.compute.border import (
     to_dtype,
 )
 from torrentlm.compute.cache import SNAPSHOTS, LayeredCache, SpanCache
+from torrentlm.compute.conversion import convert_all
 from torrentlm.compute.inputs import FILLER, Encoded
 from torrentlm.compute.lean import make_lean
 from torrentlm.compute.probe import entry_tensors, put_entries
@@ -74,7 +76,8 @@ class SpanRunner:
         self.dtype = dtype
         self.device = torch.device(device)
         self._model = build_skeleton(config, self.dtype, self.device)
-        self._weights = Weights(weights, dtype, self.device)
+        known = frozenset(name for name, _ in named_weights(self._model))
+        self._weights = Weights(weights, dtype, self.device, partial(convert_all, self._model, known=known))
         self._attach(self._weights.tensors)
         self._runs = self._model.get_submodule(split.module)
         self._vocabulary = vocabulary_of(self._model)

@@ -6,6 +6,7 @@ Needs no torch: clients have this and no weights.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_SETTINGS = 1 << 20
+VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(json|txt)|[A-Za-z0-9_.-]+\.(model|tiktoken)")
+"""Names of files that hold a tokenizer's vocabulary."""
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes that tokenizer.json describes completely. AutoTokenizer would choose the same, after importing torch."""
 
@@ -38,14 +41,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the model torrent brought a vocabulary."""
+    return any(path.is_file() and VOCABULARY.fullmatch(path.name) for path in folder.iterdir())
+
+
+def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """The ids that end a text: generation_config's if it names any, else config's, else the tokenizer's own."""
     for name in ("generation_config.json", "config.json"):
         found = _settings(folder / name).get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         if all(type(token) is int for token in ids):
             return tuple(ids)
-    return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+    return () if tokenizer is None or tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
 
 def decoder_start(folder: Path) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -27,6 +27,9 @@ Names = Sequence[tuple[str, str]]
 BlockFiles = Iterable[tuple[Path, Names]]
 """Block files and what the model calls their tensors."""
 
+Convert = Callable[[Mapping[str, torch.Tensor]], Iterable[tuple[str, torch.Tensor]]]
+"""Makes the model's tensors of a block file's."""
+
 MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it yet
 
 
@@ -39,6 +42,15 @@ class BlockWeights:
             name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in _map_file(path)
         }
+        self._converted: dict[frozenset[str], dict[str, torch.Tensor]] = {}
+
+    def converted(self, named: Mapping[str, torch.Tensor], convert: Convert) -> dict[str, torch.Tensor]:
+        """``convert(named)``, made once for all spans that call the tensors the same."""
+        names = frozenset(named)
+        with _loading:
+            if names not in self._converted:
+                self._converted[names] = dict(convert(named))
+            return self._converted[names]
 
 
 _in_use: WeakValueDictionary[tuple[object, ...], BlockWeights] = WeakValueDictionary()
@@ -52,17 +64,25 @@ class Weights:
     Raises ArtifactError for a broken file or a tensor that gets no name, StorageError for an unreadable file.
     """
 
-    def __init__(self, files: BlockFiles, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        files: BlockFiles,
+        dtype: torch.dtype,
+        device: torch.device,
+        convert: Convert = lambda named: named.items(),
+    ) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self._files: list[BlockWeights] = []
         for path, names in files:
             file = _load(path, dtype, device)
             self._files.append(file)
             unnamed = set(file.tensors)
+            named: dict[str, torch.Tensor] = {}
             for here, there in names:
                 for name in filter(lambda name: name.startswith(here), file.tensors):
-                    self.tensors[there + name.removeprefix(here)] = file.tensors[name]
+                    named[there + name.removeprefix(here)] = file.tensors[name]
                     unnamed.discard(name)
+            self.tensors |= file.converted(named, convert)
             if unnamed:
                 raise ArtifactError(
                     f"{file.name} holds the tensor {min(unnamed)}, which the manifest does not mention."

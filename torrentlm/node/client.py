@@ -13,7 +13,14 @@ import trio
 from torrentlm.client.encoding import embed
 from torrentlm.client.model import ModelClient
 from torrentlm.client.pooling import Array
-from torrentlm.compute.tokenizer import context_length, decoder_start, load_tokenizer, stop_tokens, vocabulary_size
+from torrentlm.compute.tokenizer import (
+    context_length,
+    decoder_start,
+    has_tokenizer,
+    load_tokenizer,
+    stop_tokens,
+    vocabulary_size,
+)
 from torrentlm.config import Settings
 from torrentlm.errors import ConfigError, FolderInUseError, StorageError
 from torrentlm.manifest.magnet import Magnet
@@ -96,6 +103,6 @@ def _first_free_store(data: Path) -> Store:
 
 
 def _text_side(folder: Path) -> tuple[Any, tuple[int, ...], int | None, int, int | None]:
-    tokenizer = load_tokenizer(folder)
-    vocabulary = vocabulary_size(folder) or len(tokenizer)
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    vocabulary = vocabulary_size(folder) or (0 if tokenizer is None else len(tokenizer))
     return tokenizer, stop_tokens(folder, tokenizer), context_length(folder), vocabulary, decoder_start(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import numpy as np
 import transformers
 from transformers import CONFIG_MAPPING
 
+from torrentlm.compute.tokenizer import VOCABULARY
 from torrentlm.errors import ArtifactError, UnsupportedModelError
 
 log = logging.getLogger(__name__)
 
-_TOKENIZER = re.compile(r"tokenizer\.json | vocab\.(json|txt) | [A-Za-z0-9_.-]+\.(model|tiktoken)", re.VERBOSE)
 _SHOWN = 5
 
 # The bits of infinity without a sign: a floating number is finite if it is below them, as integers of its size compare.
@@ -49,7 +48,7 @@ def require_known(config_json: bytes, where: Path) -> None:
 
 def require_tokenizer(files: Collection[str], where: Path) -> None:
     """Raise ArtifactError unless one of these files of a checkpoint is a tokenizer's vocabulary."""
-    if not any(_TOKENIZER.fullmatch(name) for name in files):
+    if not any(VOCABULARY.fullmatch(name) for name in files):
         raise ArtifactError(
             f"{where} has no tokenizer (tokenizer.json, tokenizer.model or vocab files); fetch it too, or say"
             " tokenizer = false in [model] (--no-tokenizer) if users are to send token ids"

@@ -44,22 +44,44 @@ class Plan:
     left_out: tuple[str, ...]
 
 
-def plan(stored: Collection[str], weights: Collection[str], sides: Sequence[Split], layers_per_block: int) -> Plan:
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a published tensor comes from: its name in the checkpoint, and the model's weights that it goes into."""
+
+    stored: str
+    targets: tuple[str, ...]
+
+
+def plan(
+    stored: Collection[str],
+    weights: Collection[str],
+    sides: Sequence[Split],
+    layers_per_block: int,
+    origins: Mapping[str, Origin] | None = None,
+) -> Plan:
     """Distribute a checkpoint's tensors, named ``stored``, over blocks of at most ``layers_per_block`` layers.
 
-    ``weights`` are all names that the model itself has, aliases included. Raises ArtifactError when a weight is
-    missing, UnsupportedModelError when the checkpoint uses other names than the model.
+    ``weights`` are all names that the model itself has, aliases included. ``origins`` tells of every tensor to publish, by
+    the name to publish it under; without it the checkpoint names its tensors as the model does. Raises ArtifactError
+    when a weight is missing, UnsupportedModelError when the checkpoint uses other names than the model.
     """
-    checkpoint_names = _match(stored, weights, sides[0])
+    if origins is None:
+        origins = {name: Origin(name, (name,)) for name in weights if name in stored}
+    origins = _match(origins, stored, weights, sides[0])
+    canonical = sides[0].canonical
+    weight_readers: dict[str, set[int]] = {canonical.get(name, name): set() for name in weights}
     kinds: list[tuple[Kind, Span | None]] = []
-    readers: dict[str, set[int]] = {name: set() for name in checkpoint_names}
     for split in sides:
         spans = [
             Span(first, min(first + layers_per_block, split.layers) - 1)
             for first in range(0, split.layers, layers_per_block)
         ]
-        _add_readers(readers, split, spans, len(kinds))
+        _add_readers(weight_readers, split, spans, len(kinds))
         kinds += [("stem", None), *(("layers", span) for span in spans), ("head", None)]
+    readers = {
+        name: set().union(*(weight_readers[canonical.get(target, target)] for target in origin.targets))
+        for name, origin in origins.items()
+    }
     layer_of = _layer_prefixes(readers, sides)
     groups: dict[tuple[tuple[int, ...], bool], list[str]] = {}
     for name, blocks in readers.items():
@@ -69,10 +91,10 @@ def plan(stored: Collection[str], weights: Collection[str], sides: Sequence[Spli
     used: list[list[int]] = [[] for _ in kinds]
     for (blocks, in_layer), names in sorted(groups.items()):
         relative, pairs = _layer_names(names, layer_of) if in_layer else _other_names(names, sides[0])
-        files.append(PlannedFile({relative[name]: checkpoint_names[name] for name in names}, pairs))
+        files.append(PlannedFile({relative[name]: origins[name].stored for name in names}, pairs))
         for block in blocks:
             used[block].append(len(files) - 1)
-    published = {checkpoint_names[name] for name, blocks in readers.items() if blocks}
+    published = {origins[name].stored for name, blocks in readers.items() if blocks}
     return Plan(
         tuple(PlannedBlock(kind, span, tuple(own)) for (kind, span), own in zip(kinds, used, strict=True)),
         tuple(files),
@@ -80,14 +102,19 @@ def plan(stored: Collection[str], weights: Collection[str], sides: Sequence[Spli
     )
 
 
-def _match(stored: Collection[str], weights: Collection[str], split: Split) -> dict[str, str]:
-    """Canonical name -> the checkpoint's name, for every weight of the model."""
-    found = {name: name for name in weights if name in stored and name not in split.canonical}
+def _match(
+    origins: Mapping[str, Origin], stored: Collection[str], weights: Collection[str], split: Split
+) -> dict[str, Origin]:
+    """The origins under canonical names, in the model's order as far as it has these; every weight of the model has one."""
+    aliases = split.canonical
+    found = {name: origins[name] for name in weights if name in origins and name not in aliases}
     for alias, canonical in split.tied:
-        if alias in stored:
-            found.setdefault(canonical, alias)
-    missing = [name for name in weights if split.canonical.get(name, name) not in found]
-    unknown = sorted(set(stored) - set(weights))
+        if alias in origins:
+            found.setdefault(canonical, origins[alias])
+    found |= {name: origin for name, origin in origins.items() if name not in found and name not in aliases}
+    covered = {aliases.get(target, target) for origin in found.values() for target in origin.targets}
+    missing = [name for name in weights if aliases.get(name, name) not in covered]
+    unknown = sorted(set(stored) - {origin.stored for origin in origins.values()})
     if missing and unknown:
         raise UnsupportedModelError(
             f"the checkpoint names its tensors in another way than the model ({unknown[0]}, where the model has"

@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
+from torrentlm.compute.conversion import group_tensors, published_names
 from torrentlm.compute.skeleton import build_skeleton, read_config
 from torrentlm.compute.split import Hints, Split, analyse_sides, named_weights
 from torrentlm.config import Recipe
@@ -30,7 +32,7 @@ from torrentlm.publish.checkpoint import Checkpoint
 from torrentlm.publish.checks import Finiteness, require_known, require_tokenizer
 from torrentlm.publish.convert import TORCH_DTYPES, converted
 from torrentlm.publish.payload import to_json
-from torrentlm.publish.plan import Plan, plan
+from torrentlm.publish.plan import Origin, Plan, plan
 from torrentlm.publish.published import Progress, Published, look_up, recall, remember
 from torrentlm.publish.random_weights import RandomWeights
 from torrentlm.publish.source import Location, Source
@@ -63,7 +65,7 @@ def publish(
 class _Model:
     """What config.json says the model is; ``settings`` are the published config.json's."""
 
-    architecture: str
+    skeleton: PreTrainedModel
     shapes: Mapping[str, tuple[int, ...]]
     sides: tuple[Split, ...]
     settings: dict[str, object]
@@ -85,8 +87,8 @@ def _publish(
         require_tokenizer(payload.keys(), location.path)
     model = _understand(payload, recipe, stage.folder, allow_code)
     payload["config.json"] = to_json(model.settings)
-    _check_shapes(source, model)
-    planned = plan(source.tensors, model.shapes, model.sides, recipe.layers_per_block)
+    origins = _find_origins(source, model)
+    planned = plan(source.tensors, model.shapes, model.sides, recipe.layers_per_block, origins)
     specs = {name: converted(spec, recipe.dtype) for name, spec in source.tensors.items()}
     layouts = [
         canonical.layout(replace(specs[stored], name=name) for name, stored in file.tensors.items())
@@ -133,16 +135,26 @@ def _understand(payload: Mapping[str, bytes], recipe: Recipe, staging: Path, all
         settings["dtype"] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
     hints = Hints(recipe.layer_stacks, encoder=recipe.task == "encoder", replay=recipe.replay)
     shapes = {name: tuple(weight.shape) for name, weight in named_weights(skeleton)}
-    return _Model(type(skeleton).__name__, shapes, analyse_sides(config, hints), settings)
+    return _Model(skeleton, shapes, analyse_sides(config, hints), settings)
 
 
-def _check_shapes(source: Source, model: _Model) -> None:
-    for name, spec in source.tensors.items():
-        if spec.shape != model.shapes.get(name, spec.shape):
-            raise ArtifactError(
-                f"tensor {name} has shape {list(spec.shape)}, but config.json asks for {list(model.shapes[name])};"
-                " fetch the checkpoint again, with its own config.json"
-            )
+def _find_origins(source: Source, model: _Model) -> dict[str, Origin]:
+    """What becomes of the checkpoint's tensors, by the names to publish them under. Raises ArtifactError for a shape."""
+    origins: dict[str, Origin] = {}
+    targets: dict[str, tuple[str, ...]] = {}
+    for group, stored, name in published_names(model.skeleton, group_tensors(model.skeleton, source.tensors)):
+        if group.target not in targets:
+            blanks = {one: torch.empty(source.tensors[one].shape, device="meta") for one in group.names}
+            made = group.convert(model.skeleton, blanks)
+            targets[group.target] = tuple(made)
+            for target, tensor in made.items():
+                if tuple(tensor.shape) != model.shapes.get(target, tuple(tensor.shape)):
+                    raise ArtifactError(
+                        f"tensor {stored} makes {target} of shape {list(tensor.shape)}, but config.json asks for"
+                        f" {list(model.shapes[target])}; fetch the checkpoint again, with its own config.json"
+                    )
+        origins[name] = Origin(stored, targets[group.target])
+    return origins
 
 
 def _require_space(store: Store, total: int) -> None:
@@ -215,7 +227,7 @@ def _manifest(
         blocks.append(BlockEntry(block.kind, block.layers, used, split.rewind(block.layers or ())))
     return Manifest(
         name,
-        model.architecture,
+        type(model.skeleton).__name__,
         dtype,
         tuple(Side(split.layer_stack, split.layers, split.chunks, not split.inputs.causal) for split in model.sides),
         tuple(blocks),

@@ -117,7 +117,7 @@ def test_a_publisher_refuses(folder: Path, store: Store, changes: dict, files: d
     for name, text in files.items():
         (folder / name).write_text(text)
     with pytest.raises(ArtifactError, match=says) as error:
-        publish(Recipe("own", folder), store)
+        publish(Recipe("own", folder, tokenizer=False), store)
     assert "\n" not in str(error.value)
 
 
@@ -147,11 +147,11 @@ def test_refused_unless_allowed_by_publisher_and_holder(folder: Path, store: Sto
     digest = digest_of(folder)
     for allowed in ((), ("0" * 64,), (hashlib.sha256(b"").hexdigest(),)):
         with pytest.raises(UnsupportedModelError) as error:
-            publish(Recipe("own", folder), store, allow_code=allowed)
+            publish(Recipe("own", folder, tokenizer=False), store, allow_code=allowed)
         assert f'allow_code = ["{digest}"]' in str(error.value)
         assert "configuration_own.py, modeling_own.py, parts.py" in str(error.value)
     assert not list(store.data.glob("models/*")) and not list(store.data.glob("blocks/*"))
-    published = publish(Recipe("own", folder), store, allow_code=(digest,))
+    published = publish(Recipe("own", folder, tokenizer=False), store, allow_code=(digest,))
     names = {path.name for path in published.folder.iterdir()}
     assert names >= set(FILES) and "unrelated.py" not in names
     assert json.loads((published.folder / "config.json").read_text())["auto_map"] == AUTO_MAP
@@ -168,7 +168,7 @@ def test_refused_unless_allowed_by_publisher_and_holder(folder: Path, store: Sto
 def test_it_runs_exactly_over_three_holders(tmp_path: Path, store: Store) -> None:
     whole = save(tmp_path / "checkpoint")
     digest = digest_of(tmp_path / "checkpoint")
-    published = publish(Recipe("own", tmp_path / "checkpoint"), store, allow_code=(digest,))
+    published = publish(Recipe("own", tmp_path / "checkpoint", tokenizer=False), store, allow_code=(digest,))
     assert published.manifest.architecture == "OwnForCausalLM"
     ids = [5, 17, 3, 80, 41]
     logits: list[Any] = []
@@ -196,14 +196,14 @@ def test_own_classes_for_a_config_that_transformers_knows(folder: Path, store: S
     )
     text = (folder / "modeling_own.py").read_text()
     (folder / "modeling_own.py").write_text(text.replace("    config_class = OwnConfig\n", ""))
-    published = publish(Recipe("own", folder), store, allow_code=(digest_of(folder),))
+    published = publish(Recipe("own", folder, tokenizer=False), store, allow_code=(digest_of(folder),))
     assert published.manifest.architecture == "OwnForCausalLM"
     assert "up.weight" in str(published.manifest.block_tensors(1))
 
 
 def test_a_changed_file_is_refused_again(folder: Path, store: Store) -> None:
     digest = digest_of(folder)
-    published = publish(Recipe("own", folder), store, allow_code=(digest,))
+    published = publish(Recipe("own", folder, tokenizer=False), store, allow_code=(digest,))
     (published.folder / "parts.py").write_text(FILES["parts.py"] + "\n# now something else\n")
     with pytest.raises(UnsupportedModelError, match="not run unless you allow it"):
         hold(published, store, Span(0, 5), (digest,))
@@ -213,7 +213,7 @@ def test_a_changed_file_is_refused_again(folder: Path, store: Store) -> None:
         hold(published, store, Span(0, 5), (digest,))
     (folder / "parts.py").write_text(FILES["parts.py"] + "\n# now something else\n")
     with pytest.raises(UnsupportedModelError, match="not run unless you allow it"):
-        publish(Recipe("own", folder), store, allow_code=(digest,))
+        publish(Recipe("own", folder, tokenizer=False), store, allow_code=(digest,))
 
 
 def test_nothing_is_parsed_or_run_before_it_is_allowed(folder: Path, tmp_path: Path) -> None:
@@ -266,6 +266,6 @@ def test_two_versions_of_one_models_code_side_by_side(folder: Path, tmp_path: Pa
 
 
 def test_a_client_runs_none_of_it(folder: Path, store: Store) -> None:
-    published = publish(Recipe("own", folder), store, allow_code=(digest_of(folder),))
+    published = publish(Recipe("own", folder, tokenizer=False), store, allow_code=(digest_of(folder),))
     client = SwarmForCausalLM.load(published.folder, None, lambda *args: pytest.fail("opened"))  # type: ignore[arg-type]
     assert client.config.vocab_size == VOCABULARY and type(client.config).__module__.startswith("transformers.")
