@@ -111,7 +111,7 @@ def reshape(folder: Path) -> None:
 def lose_a_shard(folder: Path) -> None:
     names = sorted(safetensors.torch.load_file(folder / "model.safetensors"))
     (folder / "model.safetensors").rename(folder / "one.safetensors")
-    index = {"weight_map": {name: "one.safetensors" for name in names} | {names[-1]: "two.safetensors"}}
+    index = {"weight_map": dict.fromkeys(names, "one.safetensors") | {names[-1]: "two.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
