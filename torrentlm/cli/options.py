@@ -17,6 +17,12 @@ from torrentlm.records import RANGES
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
 
+_ALLOW_CODE: Decorator = click.option(
+    "--allow-code",
+    multiple=True,
+    metavar="SHA256",
+    help="Run the code of its own that a model has, if it has this hash. Repeatable.",
+)
 _NETWORK: tuple[Decorator, ...] = (
     click.option("--data", metavar="FOLDER", help="Folder for blocks, torrents and the node's key."),
     click.option("--host", metavar="ADDRESS", help="Address to listen on."),
@@ -39,12 +45,7 @@ _HOLDING: tuple[Decorator, ...] = (
     click.option("--precision", metavar="|".join(PRECISIONS), help="What to compute in."),
     click.option("--threads", type=int, metavar="N", help="Compute threads. [default: one per core]"),
     click.option("--lease", type=float, metavar="SECONDS", help="How long a silent client's memory is kept."),
-    click.option(
-        "--allow-code",
-        multiple=True,
-        metavar="SHA256",
-        help="Run the code of its own that a model has, if it has this hash. Repeatable.",
-    ),
+    _ALLOW_CODE,
 )
 
 
@@ -81,9 +82,9 @@ def node_options(command: F) -> F:
     return _apply(command, (*_NETWORK, *_HOLDING))
 
 
-def data_option(command: F) -> F:
-    """The data folder alone."""
-    return _apply(command, _NETWORK[:1])
+def publisher_options(command: F) -> F:
+    """What of a node a publisher needs: the data folder, and which models' own code may run."""
+    return _apply(command, (_NETWORK[0], _ALLOW_CODE))
 
 
 def publish_options(command: F) -> F:

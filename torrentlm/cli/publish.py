@@ -13,7 +13,7 @@ import click
 
 from torrentlm.cli import text
 from torrentlm.cli.engine import prepare
-from torrentlm.cli.options import data_option, model_argument, publish_options, settings_of
+from torrentlm.cli.options import model_argument, publish_options, publisher_options, settings_of
 from torrentlm.config import Recipe, Settings
 from torrentlm.errors import ConfigError
 
@@ -22,7 +22,7 @@ Event = dict[str, Any]
 
 @click.command(short_help="Publish a model into the data folder and print its magnet.")
 @model_argument
-@data_option
+@publisher_options
 @publish_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line, an event each; see docs/cli.md.")
 def command(model: str, as_json: bool, **options: object) -> None:

@@ -44,10 +44,10 @@ class Staging:
         self.folder = store.data / FOLDER
         self._store = store
         if _read_text(self.folder / "source") != key:
-            shutil.rmtree(self.folder, ignore_errors=True)  # the store is locked, so nobody uses it
+            _discard(self.folder)  # the store is locked, so nobody uses it
             self.folder.mkdir()
             (self.folder / "source").write_text(key)
-        self.drop_unfinished()
+        _drop_unfinished(self.folder)
         self._entries = dict(self._read_journal())
         stamps = {torrent.name: stamp for torrent, stamp in self._entries.values()}
         for path in self.folder.glob("*.safetensors"):
@@ -81,13 +81,6 @@ class Staging:
         """Bytes of the complete files that are here."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
-    def drop_unfinished(self) -> None:
-        (self.folder / PART).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "model", ignore_errors=True)
-
-    def discard(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _read_journal(self) -> Iterator[tuple[str, tuple[Torrent, Stamp]]]:
         """What the lines say, as far as they can be believed; the last one may be cut short."""
         for line in (_read_text(self.folder / "journal") or "").splitlines():
@@ -109,28 +102,33 @@ def staging(store: Store, key: str) -> Iterator[Staging]:
     """
     folder = store.data / FOLDER
     try:
-        opened = Staging(store, key)
-        try:
-            yield opened
-        except Exception:
-            raise
-        except BaseException:
-            opened.drop_unfinished()
-            raise
-        opened.discard()
+        yield Staging(store, key)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        _discard(folder)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(f"disk full while publishing into {store.data}; free some space there") from error
         raise storage_error(error, store.data) from error
     except Exception:
-        shutil.rmtree(folder, ignore_errors=True)
+        _discard(folder)
         raise
+    except BaseException:
+        _drop_unfinished(folder)
+        raise
+    _discard(folder)
 
 
 def made_from(layout: Layout, tensors: Mapping[str, str]) -> str:
     """A name for what goes into a file: its layout, and which tensors of the source those are."""
     return hashlib.sha256(layout.header + json.dumps(sorted(tensors.items())).encode()).hexdigest()
+
+
+def _discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _drop_unfinished(folder: Path) -> None:
+    (folder / PART).unlink(missing_ok=True)
+    shutil.rmtree(folder / "model", ignore_errors=True)
 
 
 def _stamp(path: Path) -> Stamp | None:

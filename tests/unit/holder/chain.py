@@ -59,7 +59,7 @@ def save_model(folder: Path) -> PreTrainedModel:
 def publish_model(folder: Path, data: Path) -> tuple[Published, dict[str, Path]]:
     """Publish a saved model; the paths of its block files by name."""
     with Store(data) as store:
-        published = publish(Recipe("tiny", folder=folder), store)
+        published = publish(Recipe("tiny", folder=folder, tokenizer=False), store)
         return published, {file.name: store.path(file.name) for file in published.manifest.files}
 
 
