@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +67,15 @@ def held_by_three(recipe: str, folder: Path) -> Iterator[torrentlm.Model]:
         publisher = stack.enter_context(Seed(recipe, folder / "publisher", "--blocks", "none"))
         ready = publisher.wait_for("ready", 240)
         magnet, count = ready["magnet"], ready["blocks_total"]
-        cuts = [0, count // 3, 2 * count // 3, count]
+        cuts = list(pairwise([0, count // 3, 2 * count // 3, count]))
         holders = [
             stack.enter_context(
                 Seed(magnet, folder / f"holder-{at}", "--blocks", f"{first}-{stop - 1}", "--threads", "1")
             )
-            for at, (first, stop) in enumerate(zip(cuts, cuts[1:], strict=False))
+            for at, (first, stop) in enumerate(cuts)
         ]
         said = [holder.wait_for("ready", 240) for holder in holders]
-        assert [len(one["blocks"]) for one in said] == [
-            stop - first for first, stop in zip(cuts, cuts[1:], strict=False)
-        ]
+        assert [len(one["blocks"]) for one in said] == [stop - first for first, stop in cuts]
         assert publisher.end() == 0
         client = torrentlm.connect(said[0]["magnet"], data=folder / "client", port=0, dht_bootstrap=["none"])
         yield stack.enter_context(client)

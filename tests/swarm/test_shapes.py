@@ -20,7 +20,7 @@ ENCODER = Path(__file__).parents[2] / "torrents" / "all-minilm-l6-v2.toml"
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_greedy_tokens_are_transformers_own(name: str, tmp_path: Path) -> None:
-    """Twice, so that a session's state does not leak into the next; with a stop that is rolled back in between."""
+    """Twice, so that a session's state does not leak into the next."""
     whole = save(name, tmp_path / "checkpoint")
     expected = greedy(whole, PROMPT, 24)
     prompt = " ".join(f"w{token}" for token in PROMPT)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from torrentlm.client.generation import RouteHop, route_of
 from torrentlm.client.pooling import Array, as_float32, pool, read_pooling
 from torrentlm.errors import RefusedError
 from torrentlm.wire.messages import Want
@@ -20,8 +21,11 @@ BATCH = 32
 """Texts that travel together."""
 
 
-async def encode(client: ModelClient, rows: Sequence[Sequence[int]], filler: int) -> Tensor:
-    """The encoder's hidden states, [rows, tokens of the longest, width]; shorter rows are padded behind their end.
+async def encode(
+    client: ModelClient, rows: Sequence[Sequence[int]], filler: int
+) -> tuple[Tensor, tuple[RouteHop, ...]]:
+    """The encoder's hidden states, [rows, tokens of the longest, width], and who made them; shorter rows are padded
+    behind their end.
 
     Raises as ModelClient.open.
     """
@@ -29,7 +33,7 @@ async def encode(client: ModelClient, rows: Sequence[Sequence[int]], filler: int
     pads = tuple(len(row) - width for row in rows)
     padded = [[*row, *[filler] * (width - len(row))] for row in rows]
     async with client.session(batch=len(rows), max_length=width, pads=pads, side=0) as session:
-        return await session.step(padded, want=Want.LOGITS_ALL)
+        return await session.step(padded, want=Want.LOGITS_ALL), route_of(session)
 
 
 async def embed(client: ModelClient, texts: Sequence[str], folder: Path) -> Array:
@@ -51,7 +55,7 @@ async def embed(client: ModelClient, texts: Sequence[str], folder: Path) -> Arra
     for start in range(0, len(rows), BATCH):
         picked = by_length[start : start + BATCH]
         batch = [rows[row] for row in picked]
-        states = as_float32(await encode(client, batch, filler))
+        states = as_float32((await encode(client, batch, filler))[0])
         if states.shape[-1] == client.vocabulary:
             raise RefusedError(
                 "this model ends in logits, not in hidden states: publish it with its base class in architectures",

@@ -188,11 +188,13 @@ class ModelClient:
                 f"{self.max_length} of either",
                 "max_length",
             )
-        states = await encode(self, [ids], 0)
+        states, readers = await encode(self, [ids], 0)
         encoded = (states, Tensor("BOOL", (1, len(ids)), b"\1" * len(ids)))
         async with self.session(max_length=options.max_new_tokens + 1, encoded=encoded) as session:
             start = [self._decoder_start]
-            return await generate(session, self.tokenizer, start, self.complete(options), started=started, emit=emit)
+            complete = self.complete(options)
+            written = await generate(session, self.tokenizer, start, complete, started=started, emit=emit)
+            return replace(written, route=readers + written.route)
 
     def complete(self, options: Options) -> Options:
         """With the model's own end-of-text tokens among the stops."""
