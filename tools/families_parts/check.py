@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from parts import Chain, thirds
@@ -35,13 +36,18 @@ from torrentlm.compute.span import SpanRunner
 from torrentlm.errors import TorrentLMError, UnsupportedModelError
 from torrentlm.wire.messages import Want
 
+HINTS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("hints.json").read_text(encoding="utf-8"))
+"""For models that do not agree with themselves: what they decode step by step is not what their forward gives for the whole
+text."""
 Outcome = Literal["exact", "refused", "wrong", "unbuildable"]
 OUTCOMES: tuple[Outcome, ...] = ("exact", "refused", "wrong", "unbuildable")
 
 
 @dataclass
 class Row:
-    """``checks``: what was compared, each with "exact" or what differed."""
+    """``checks``: what was compared, each with "exact" or what differed. ``hints``: what the recipe says under
+    [model.split]; with ``replay`` the reference is ``generate(use_cache=False)``.
+    """
 
     kind: str
     name: str
@@ -49,12 +55,14 @@ class Row:
     outcome: Outcome
     reason: str = ""
     checks: dict[str, str] = field(default_factory=dict)
+    hints: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
 
 def check(kind: str, name: str, model_class: str, folder: Path, whole_runs: Callable[[], None]) -> Row:
     """Build, cut, run and compare one family; ``whole_runs`` is called when what follows is the splitter's doing."""
-    row = Row(kind, name, model_class, "exact")
+    hints = HINTS.get(f"{kind}:{name}", {})
+    row = Row(kind, name, model_class, "exact", hints=hints)
     try:
         model = build(kind, name, folder)
         if kind != "masked":
@@ -67,14 +75,14 @@ def check(kind: str, name: str, model_class: str, folder: Path, whole_runs: Call
         return row
     whole_runs()
     try:
-        sides = thirds(kind, model, folder)
+        sides = thirds(kind, model, folder, hints)
     except UnsupportedModelError as error:
         row.outcome, row.reason = "refused", str(error)
         return row
     except Exception as error:
         row.outcome, row.reason = "wrong", f"cutting: {said(error)}"
         return row
-    for what, difference in _differences(kind, model, sides):
+    for what, difference in _differences(kind, model, sides, bool(hints.get("replay"))):
         row.checks[what] = difference or "exact"
         if difference:
             row.outcome = "wrong"
@@ -82,14 +90,16 @@ def check(kind: str, name: str, model_class: str, folder: Path, whole_runs: Call
     return row
 
 
-def _differences(kind: str, model: PreTrainedModel, sides: list[list[SpanRunner]]) -> Iterator[tuple[str, str]]:
+def _differences(
+    kind: str, model: PreTrainedModel, sides: list[list[SpanRunner]], replay: bool
+) -> Iterator[tuple[str, str]]:
     """(what was compared, what differed or "")."""
     if len(sides) > 1:
-        checks = _seq2seq_checks(kind, model, *sides)
+        checks = _seq2seq_checks(model, *sides, partial(decode, model, replay=replay))
     elif kind == "masked":
         checks = _masked_checks(kind, model, sides[0])
     else:
-        checks = _causal_checks(model, sides[0])
+        checks = _causal_checks(model, sides[0], partial(decode, model, replay=replay))
     for what, compare in checks:
         try:
             yield what, compare()
@@ -122,7 +132,7 @@ def _masked_checks(kind: str, model: PreTrainedModel, runners: list[SpanRunner])
 
 
 def _seq2seq_checks(
-    kind: str, model: PreTrainedModel, encoder: list[SpanRunner], decoder: list[SpanRunner]
+    model: PreTrainedModel, encoder: list[SpanRunner], decoder: list[SpanRunner], whole: Callable[..., Decoded]
 ) -> Iterator[Check]:
     start = model.generation_config.decoder_start_token_id
 
@@ -136,16 +146,16 @@ def _seq2seq_checks(
         return torch.full((rows, 1), start)
 
     def prefill() -> str:
-        return _bits(decoding(IDS).step(begin(1)), decode(model, IDS, 1).logits)
+        return _bits(decoding(IDS).step(begin(1)), whole(IDS, 1).logits)
 
     def greedy() -> str:
-        return _same(decoding(IDS).decode(begin(1), TOKENS), decode(model, IDS))
+        return _same(decoding(IDS).decode(begin(1), TOKENS), whole(IDS))
 
     def padded() -> str:
-        return _same(decoding(PAIR, PADS).decode(begin(2), TOKENS), decode(model, PAIR, mask=MASK))
+        return _same(decoding(PAIR, PADS).decode(begin(2), TOKENS), whole(PAIR, mask=MASK))
 
     def window() -> str:
-        return _same(decoding(LONG).decode(begin(1), TOKENS), decode(model, LONG))
+        return _same(decoding(LONG).decode(begin(1), TOKENS), whole(LONG))
 
     yield "prefill", prefill
     yield "greedy", greedy
@@ -154,19 +164,21 @@ def _seq2seq_checks(
         yield "window", window
 
 
-def _causal_checks(model: PreTrainedModel, runners: list[SpanRunner]) -> Iterator[Check]:
+def _causal_checks(
+    model: PreTrainedModel, runners: list[SpanRunner], whole: Callable[..., Decoded]
+) -> Iterator[Check]:
     def prefill() -> str:
-        return _bits(Chain(runners).step(IDS), decode(model, IDS, 1).logits)
+        return _bits(Chain(runners).step(IDS), whole(IDS, 1).logits)
 
     def greedy() -> str:
-        return _same(Chain(runners).decode(IDS, TOKENS), decode(model, IDS))
+        return _same(Chain(runners).decode(IDS, TOKENS), whole(IDS))
 
     def padded() -> str:
-        return _same(Chain(runners, 2, PADS).decode(PAIR, TOKENS), decode(model, PAIR, mask=MASK))
+        return _same(Chain(runners, 2, PADS).decode(PAIR, TOKENS), whole(PAIR, mask=MASK))
 
     def window() -> str:
         ours = Chain(runners).decode(LONG, TOKENS)
-        theirs = decode(model, LONG)
+        theirs = whole(LONG)
         return _bits(ours.logits[:, :1], theirs.logits[:, :1]) or _same(ours, theirs)
 
     yield "prefill", prefill
@@ -175,7 +187,7 @@ def _causal_checks(model: PreTrainedModel, runners: list[SpanRunner]) -> Iterato
     if has_window(model.config):
         yield "window", window
     in_parts = in_chunks(model, LONG)
-    if in_parts is not None and close(in_parts, decode(model, LONG, 1).logits):
+    if in_parts is not None and close(in_parts, whole(LONG, 1).logits):
         yield "chunked", partial(_chunked, runners, in_parts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ from torrentlm.wire.tensors import Tensor
 MAX_LENGTH = 64
 
 
-def thirds(kind: str, model: PreTrainedModel, folder: Path) -> list[list[SpanRunner]]:
+def thirds(kind: str, model: PreTrainedModel, folder: Path, hints: dict[str, Any]) -> list[list[SpanRunner]]:
     """Three spans for each side of the model whose config.json is in ``folder``: saved as a checkpoint, published and held
     as any other.
 
@@ -33,7 +34,8 @@ def thirds(kind: str, model: PreTrainedModel, folder: Path) -> list[list[SpanRun
     checkpoint = folder / "checkpoint"
     model.save_pretrained(checkpoint)
     shutil.copy(folder / "config.json", checkpoint)
-    recipe = Recipe("tiny", checkpoint, tokenizer=False, task="encoder" if kind == "masked" else "auto")
+    task = "encoder" if kind == "masked" else "auto"
+    recipe = Recipe("tiny", checkpoint, tokenizer=False, task=task, **hints)
     with Store(folder / "data") as store:
         published = publish(recipe, store)
         paths = {file.name: store.path(file.name) for file in published.manifest.files}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,7 +21,12 @@ HEAD = """\
 What becomes of every class that transformers maps for language modelling. `tools/families --write` makes this page: it
 builds a tiny random model of each, cuts it into three, and compares the parts with the whole in fp32: the logits behind
 a prompt to the bit, {tokens} greedy tokens, a left-padded batch of two, a prompt longer than the sliding window where
-there is one, a prompt in chunks where the model itself can do that. Of masked models only logits are compared.
+there is one, a prompt in chunks where the model itself can do that. Of masked models only logits are compared. Each is
+saved, published and held as any checkpoint is.
+
+A few models do not agree with themselves: what they decode step by step differs from what their forward gives for the
+whole text, so that no split could give both. With `replay = true` in the recipe they are held to the latter, which is
+`generate(use_cache=False)`; the table says so.
 
 torch {torch}, transformers {transformers}.
 
@@ -47,7 +53,7 @@ def show(rows: Sequence[Row]) -> None:
     table = Table("name", "class", "outcome", "reason", box=None)
     for row in rows:
         colour = COLOURS[row.outcome]
-        table.add_row(row.name, row.model, f"[{colour}]{row.outcome}[/]", escape(row.reason))
+        table.add_row(row.name, row.model, f"[{colour}]{row.outcome}[/]", escape(_remark(row)))
     console.print(table)
     console.print(", ".join(f"{name} {count}" for name, count in counts(rows).items()))
 
@@ -60,9 +66,14 @@ def page(rows: Sequence[Row]) -> str:
     for kind, title in KINDS.items():
         lines += ["", f"## {title}", "", "| name | class | outcome | reason |", "| --- | --- | --- | --- |"]
         lines += [
-            f"| {row.name} | {row.model} | {row.outcome} | {_cell(row.reason)} |" for row in rows if row.kind == kind
+            f"| {row.name} | {row.model} | {row.outcome} | {_cell(_remark(row))} |" for row in rows if row.kind == kind
         ]
     return "\n".join(lines) + "\n"
+
+
+def _remark(row: Row) -> str:
+    hints = ", ".join(f"{name} = {json.dumps(value)}" for name, value in row.hints.items())
+    return "; ".join(part for part in (hints and f"with {hints}", row.reason) if part)
 
 
 def _cell(text: str) -> str:

@@ -144,14 +144,23 @@ def whole_logits(
 
 
 def decode(
-    model: PreTrainedModel, ids: torch.Tensor, tokens: int = TOKENS, mask: torch.Tensor | None = None
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    tokens: int = TOKENS,
+    mask: torch.Tensor | None = None,
+    *,
+    replay: bool = False,
 ) -> Decoded:
-    """What the model's own ``generate`` adds, greedily. Where it reads no text, it is given noise to look at."""
+    """What the model's own ``generate`` adds, greedily; with ``replay`` it keeps no state between tokens. Where it reads
+    no text, it is given noise to look at.
+    """
     given: dict[str, Any] = {"attention_mask": torch.ones_like(ids) if mask is None else mask}
     name = model.main_input_name
     given[name] = ids if name == "input_ids" else _noise(model.config, ids.shape[0])
     if name != "input_ids":
         del given["attention_mask"]
+    if replay:
+        given |= {"use_cache": False, **({"use_mems": False} if "use_mems" in takes(model) else {})}
     found = model.generate(
         **given,
         max_new_tokens=tokens,
