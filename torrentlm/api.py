@@ -24,6 +24,7 @@ from torrentlm.client.options import How, options_of, text_of
 from torrentlm.config import Settings, load
 from torrentlm.errors import LocalProtocolError
 from torrentlm.node.client import SwarmClient, open_client
+from torrentlm.node.compare import compare as compare_models
 from torrentlm.node.seed import seed
 from torrentlm.portal import Portal
 from torrentlm.structured import single_error
@@ -71,11 +72,40 @@ def connect(
     ``target`` is a magnet link or the path of a model.toml. Options beat ``TORRENTLM_*``, which beat the file.
     Raises ConfigError, ArtifactError (wrong magnet), NetworkError (nobody there).
     """
+    chosen = settings or _settings(target, data, port, peers, dht_bootstrap)
+    return Model(Portal(lambda: open_client(chosen, on_event)))
+
+
+def compare(
+    first: str | Path,
+    second: str | Path,
+    *,
+    data: str | Path | None = None,
+    port: int | None = None,
+    peers: Sequence[str] | None = None,
+    dht_bootstrap: Sequence[str] | str | None = None,
+    settings: tuple[Settings, Settings] | None = None,
+    on_event: OnEvent = lambda event: None,
+) -> dict[str, Any]:
+    """Which blocks two models share, as plain values: what ``torrentlm inspect --diff --json`` prints (docs/cli.md).
+
+    Targets, options and errors are those of :func:`connect`; models that the data folder knows need no swarm.
+    """
+    a, b = settings or (_settings(target, data, port, peers, dht_bootstrap) for target in (first, second))
+    with single_error():
+        return trio.run(compare_models, a, b, on_event)
+
+
+def _settings(
+    target: str | Path,
+    data: str | Path | None,
+    port: int | None,
+    peers: Sequence[str] | None,
+    dht_bootstrap: Sequence[str] | str | None,
+) -> Settings:
     if port is None and not os.environ.get("TORRENTLM_PORT"):
         port = 0  # a seeding node of this machine has the usual one
-    overrides = {"data": data, "port": port, "peers": peers, "dht_bootstrap": dht_bootstrap}
-    chosen = settings or load(target, overrides=overrides)
-    return Model(Portal(lambda: open_client(chosen, on_event)))
+    return load(target, overrides={"data": data, "port": port, "peers": peers, "dht_bootstrap": dht_bootstrap})
 
 
 class _Closing(ABC):

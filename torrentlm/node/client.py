@@ -61,11 +61,11 @@ async def open_client(settings: Settings, say: Say = lambda event: None) -> Asyn
 
     Raises ConfigError, ArtifactError, NetworkError, StorageError.
     """
-    magnet = await trio.to_thread.run_sync(_magnet_of, settings)
+    magnet = await trio.to_thread.run_sync(magnet_of_settings, settings)
     beside = read_endpoint(settings.node.data)
     config = replace(settings.node, peers=(*settings.node.peers, *([beside] if beside else [])))
     with single_error():
-        async with open_node(config, say, _first_free_store) as node, trio.open_nursery() as nursery:
+        async with open_node(config, say, first_free_store) as node, trio.open_nursery() as nursery:
             membership = await node.join(magnet, timeout=JOIN_TIMEOUT_S)
             tokenizer, ends, limit, vocabulary, start = await trio.to_thread.run_sync(_text_side, membership.folder)
             model = ModelClient(
@@ -84,7 +84,7 @@ async def open_client(settings: Settings, say: Say = lambda event: None) -> Asyn
             nursery.cancel_scope.cancel()
 
 
-def _magnet_of(settings: Settings) -> Magnet:
+def magnet_of_settings(settings: Settings) -> Magnet:
     """The model's magnet: given, or what the node of this machine published from the recipe."""
     if settings.recipe is None:
         return Magnet.parse(settings.magnet or "")
@@ -94,7 +94,7 @@ def _magnet_of(settings: Settings) -> Magnet:
     return magnet
 
 
-def _first_free_store(data: Path) -> Store:
+def first_free_store(data: Path) -> Store:
     """A folder below ``data`` that no other client uses: a node and several clients may share ``data`` itself."""
     for number in range(MAX_CLIENTS):
         with suppress(FolderInUseError):
