@@ -46,6 +46,9 @@ _HOLDING: tuple[Decorator, ...] = (
     click.option("--threads", type=int, metavar="N", help="Compute threads. [default: one per core]"),
     click.option("--lease", type=float, metavar="SECONDS", help="How long a silent client's memory is kept."),
     _ALLOW_CODE,
+    click.option(
+        "--adapters", metavar="SIZE", help="Apply adapters of sessions, and keep so much of them. [default: off]"
+    ),
 )
 
 
