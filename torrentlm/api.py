@@ -138,50 +138,77 @@ class Model(_Closing):
 
     @overload
     def generate(
-        self, prompt: str, *, chat: bool = False, stream: Literal[False] = False, **options: Unpack[How]
+        self,
+        prompt: str,
+        *,
+        chat: bool = False,
+        adapter: str | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[How],
     ) -> str: ...
     @overload
     def generate(
-        self, prompt: str, *, chat: bool = False, stream: Literal[True], **options: Unpack[How]
+        self,
+        prompt: str,
+        *,
+        chat: bool = False,
+        adapter: str | None = None,
+        stream: Literal[True],
+        **options: Unpack[How],
     ) -> Iterator[str]: ...
     def generate(
-        self, prompt: str, *, chat: bool = False, stream: bool = False, **options: Unpack[How]
+        self,
+        prompt: str,
+        *,
+        chat: bool = False,
+        adapter: str | None = None,
+        stream: bool = False,
+        **options: Unpack[How],
     ) -> str | Iterator[str]:
         """Continue ``prompt``, or with ``chat`` answer it through the chat template; options as in :class:`How`.
 
+        ``adapter`` is the magnet link of an adapter made for this model; holders apply it to this generation alone.
         ``stream`` gives an iterator over pieces of text; leaving it early stops the holders. :attr:`last` has the
         figures. With a seed the same call gives the same tokens whatever the route.
-        Raises RefusedError (too long, …), NoHolderError, HolderLostError; TypeError and ValueError for options that
-        cannot be meant.
+        Raises RefusedError (too long, …), NoHolderError, HolderLostError; ArtifactError for a wrong adapter; TypeError
+        and ValueError for options that cannot be meant.
         """
         text, asked = text_of(prompt), options_of(options)
 
         async def work(emit: Hear) -> None:
-            self.last = await self._client.model.generate(text, asked, chat=chat, emit=emit)
+            self.last = await self._client.model.generate(text, asked, chat=chat, adapter=adapter, emit=emit)
 
         pieces = self._portal.stream(work)
         return pieces if stream else "".join(pieces)
 
-    def embed(self, texts: str | Sequence[str]) -> Array:
+    def embed(self, texts: str | Sequence[str], *, adapter: str | None = None) -> Array:
         """One vector for each text, float32 [texts, width]; of an encoder, pooled as the model's own files state.
 
         Texts that are longer than the model takes are cut. Raises RefusedError (no encoder, an empty text),
         NoHolderError, HolderLostError, ArtifactError; TypeError for what is no text.
         """
         wanted = [text_of(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        return self._portal.run(lambda: self._client.embed(wanted))
+        return self._portal.run(lambda: self._client.embed(wanted, adapter))
 
-    def chat(self, *, system: str | None = None) -> Chat:
-        """A conversation with history. Use it in a ``with``, or call its ``close``."""
-        return Chat(self, self._portal, self._client.model.chat(None if system is None else text_of(system)))
+    def chat(self, *, system: str | None = None, adapter: str | None = None) -> Chat:
+        """A conversation with history, all of it with ``adapter``. Use it in a ``with``, or call its ``close``."""
+        return Chat(self, self._portal, self._client.model.chat(None if system is None else text_of(system), adapter))
 
-    def session(self, *, batch: int = 1, max_length: int = 512, pads: Sequence[int] | None = None) -> Session:
+    def session(
+        self,
+        *,
+        batch: int = 1,
+        max_length: int = 512,
+        pads: Sequence[int] | None = None,
+        adapter: str | None = None,
+    ) -> Session:
         """Stepping mode: full control, see :class:`Session`. ValueError for sizes that no session has."""
         if not 1 <= batch <= MAX_BATCH or not 1 <= max_length <= MAX_TOKENS:
             raise ValueError(f"a session has 1 to {MAX_BATCH} rows of 1 to {MAX_TOKENS} tokens")
         if pads is not None and (len(pads) != batch or not all(0 <= pad < max_length for pad in pads)):
             raise ValueError(f"pads are {batch} numbers, one per row, from 0 up and below max_length")
-        return Session(self._portal, self._client.model.steps(batch, max_length, tuple(pads or (0,) * batch)))
+        pads = tuple(pads or (0,) * batch)
+        return Session(self._portal, self._client.model.steps(batch, max_length, pads, adapter))
 
     def as_transformers(self) -> SwarmForCausalLM:
         """A model of transformers without weights, for its own ``generate()``: beam search, logits processors,

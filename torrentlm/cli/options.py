@@ -95,6 +95,12 @@ def publish_options(command: F) -> F:
     return _apply(command, _PUBLISHING)
 
 
+def adapter_option(command: F) -> F:
+    """An adapter for what is generated."""
+    option = click.option("--adapter", metavar="MAGNET", help="Apply this adapter of the model.")
+    return _apply(command, (option,))
+
+
 def sampling_options(command: F) -> F:
     """How tokens are picked, and how many; the names are those of ``Model.generate``'s arguments."""
     options: tuple[Decorator, ...] = (

@@ -47,9 +47,9 @@ class SwarmClient:
     node: Node
     membership: Membership
 
-    async def embed(self, texts: Sequence[str]) -> Array:
+    async def embed(self, texts: Sequence[str], adapter: str | None = None) -> Array:
         """See client.encoding.embed."""
-        return await embed(self.model, texts, self.membership.folder)
+        return await embed(self.model, texts, self.membership.folder, adapter)
 
     async def stats(self) -> dict[str, Any]:
         return describe_network(self.node, self.membership)
