@@ -90,13 +90,13 @@ def files_of(shelf: Shelf, name: str) -> set[str]:
 
 @in_trio(120)
 async def test_the_longest_unused_makes_room_and_what_is_out_stays(shelf: Shelf, tmp_path: Path) -> None:
-    one = shelf.adapters["pirate"].manifest.size
+    one = max(adapter.manifest.size + adapter.torrent.size for adapter in shelf.adapters.values())
     async with two_nodes(shelf, tmp_path, adapters=2 * one) as node:
         pirate = await borrow(node, shelf, "pirate")
         assert {path.name for path, _ in pirate.files} == files_of(shelf, "pirate") == on_disk(tmp_path)
         assert len(pirate.scalings) == 3 * checkpoint.LAYERS
         (await borrow(node, shelf, "poet")).give_back()
-        assert node.adapters.kept == 2 * one
+        assert one < node.adapters.kept <= 2 * one
         clerk = await borrow(node, shelf, "clerk")  # the poet goes
         assert on_disk(tmp_path) == files_of(shelf, "pirate") | files_of(shelf, "clerk")
         with pytest.raises(RefusedError, match="do not fit") as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 
 import torrentlm
 from tests.e2e import checkpoint
-from tests.e2e.processes import Seed
+from tests.e2e.processes import Seed, run
 from tests.peft_adapters import make_adapter, merged
 
 PROMPTS = ("Once upon a time", "def f(x):")
@@ -47,9 +48,13 @@ class Adapted:
         return list(PreTrainedTokenizerFast.from_pretrained(self.base)(prompt)["input_ids"])
 
 
+def table(name: str) -> str:
+    return f'[[adapter]]\nname = "{name}"\nfolder = "{name}"\n'
+
+
 @pytest.fixture(scope="module")
 def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Adapted]:
-    """The publisher of everything holds the first part and applies adapters; so do two that joined by the magnet."""
+    """The publisher of the model holds the first part; one of two that joined publishes an adapter. All apply them."""
     folder = tmp_path_factory.mktemp("adapted")
     base = checkpoint.make(folder / "base")
     folders = {
@@ -60,21 +65,23 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Adapted]:
     recipe = folder / "model.toml"
     recipe.write_text(
         '[model]\nname = "base"\n[model.source]\nfolder = "base"\n'
-        + "".join(f'[[adapter]]\nname = "{name}"\nfolder = "{name}"\n' for name in folders)
+        + "".join(table(name) for name in ("pirate", "poet"))
     )
     applies = ("--adapters", "1MB")
     with Seed(str(recipe), folder / "a", "--blocks", PARTS[0], *applies) as first:
-        adapters = {}
-        for _ in folders:
-            event = first.wait_for("adapter")
-            adapters[event["name"]] = event["magnet"]
+        events = [first.wait_for("adapter"), first.wait_for("adapter")]
         magnet = first.wait_for("ready")["magnet"]
+        joining = folder / "joining.toml"
+        joining.write_text(f'magnet = "{magnet}"\n' + table("late"))
         with (
             Seed(magnet, folder / "b", "--blocks", PARTS[1], *applies) as second,
-            Seed(magnet, folder / "c", "--blocks", PARTS[2], *applies) as third,
+            Seed(str(joining), folder / "c", "--blocks", PARTS[2], *applies) as third,
         ):
             second.wait_for("ready")
+            events.append(third.wait_for("adapter"))
             third.wait_for("ready")
+            assert [event["blocks"] for event in events] == [[1, 2, 3, 4], [1, 2, 3, 4], [3, 4]]
+            adapters = {event["name"]: event["magnet"] for event in events}
             yield Adapted(base, magnet, folders, adapters, folder / "client")
 
 
@@ -136,6 +143,15 @@ def test_generations_with_different_adapters_run_at_the_same_time(model: torrent
     alone = [generate(adapter) for adapter in adapters]
     with ThreadPoolExecutor(3) as threads:
         assert list(threads.map(generate, adapters)) == alone
+
+
+def test_the_command_takes_an_adapter(swarm: Adapted) -> None:
+    options = ("--data", str(swarm.data), "--port", "0", "--dht-bootstrap", "none", "--host", "127.0.0.1", "--json")
+    asked = ("--prompt", PROMPTS[0], "--max-new-tokens", str(NEW), "--adapter", swarm.adapters["poet"])
+    done = run("generate", swarm.magnet, *asked, *options)
+    assert json.loads(done.stdout)["tokens"] == swarm.expected(PROMPTS[0], "poet"), done.stderr
+    wrong = run("generate", swarm.adapters["poet"], *asked, *options)
+    assert (wrong.returncode, wrong.stdout) == (1, "") and "give this one to --adapter" in wrong.stderr
 
 
 def test_a_chat_has_its_adapter_in_every_turn(model: torrentlm.Model, swarm: Adapted) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from torrentlm.compute.weights import BlockFiles, Weights
 from torrentlm.errors import ArtifactError
 from torrentlm.manifest.adapter import DOWN, UP
 
-_CHANGE = "_torrentlm_change"
+_CHANGE, _COMPUTING = "_torrentlm_change", "_torrentlm_computing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class Change:
         """What to add to the layer's output for its input ``value`` [..., in]: [..., out]."""
         low = nn.functional.linear(value.to(self.down.dtype), self.down)
         return nn.functional.linear(low, self.up) * self.scaling
+
+    def added_to(self, weight: torch.Tensor, turned: bool) -> torch.Tensor:
+        """A copy of the layer's ``weight`` with the change; [out, in], or [in, out] if ``turned``."""
+        change = (self.up @ self.down) * self.scaling
+        return weight + (change.T if turned else change).to(weight.dtype)
 
 
 class Adapter:
@@ -54,9 +60,17 @@ class Adapter:
         tensors = self._weights.tensors
         if tensors.keys() != {name + end for name in scalings for end in (DOWN, UP)}:
             raise ArtifactError("the adapter's files and its manifest disagree; publish the adapter again")
+        self._modules: WeakKeyDictionary[nn.Module, list[tuple[nn.Module, Change]]] = WeakKeyDictionary()
         self.changes = {
             name: Change(tensors[name + DOWN], tensors[name + UP], scaling) for name, scaling in scalings.items()
         }
+
+    def modules(self, model: nn.Module) -> list[tuple[nn.Module, Change]]:
+        """The linear layers of ``model`` that are changed; looked up once, since every step needs them."""
+        if (found := self._modules.get(model)) is None:
+            found = [(model.get_submodule(name), change) for name, change in self.changes.items()]
+            self._modules[model] = found
+        return found
 
     def check(self, model: nn.Module) -> None:
         """Raise ArtifactError unless every change fits a linear layer of ``model``."""
@@ -76,33 +90,43 @@ class Adapter:
 def applied(adapter: Adapter | None, model: nn.Module) -> Iterator[None]:
     """Within it, forwards of ``model`` have the adapter's changes, if there is one; ``check`` has to come first.
 
-    Not for two at a time on one model.
+    Not for two at a time on one model. (nn.Module's own way of setting an attribute is slow, so it is passed by.)
     """
     undo: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
-        for name, change in adapter.changes.items() if adapter is not None else ():
-            module = model.get_submodule(name)
+        for module, change in adapter.modules(model) if adapter is not None else ():
             undo.append((module, type(module)))
             module.__dict__[_CHANGE] = change
-            module.__class__ = _changing(type(module))  # type: ignore[arg-type]
+            object.__setattr__(module, "__class__", _changing(type(module)))  # type: ignore[arg-type]
         yield
     finally:
         for module, kind in undo:
-            module.__class__ = kind
+            object.__setattr__(module, "__class__", kind)
             module.__dict__.pop(_CHANGE, None)
 
 
 @cache
 def _changing(kind: type[nn.Module]) -> type[nn.Module]:
-    """``kind`` with the change added, however it is called: compute/lean.py may have changed that."""
+    """``kind`` with the change added, however it is called: compute/lean.py may have changed that.
+
+    Some models read a layer's weight instead of calling the layer: they get one with the change in it.
+    """
     own_call: Any = kind.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = own_call(self, *args, **kwargs)
+        self.__dict__[_COMPUTING] = True
+        try:
+            result = own_call(self, *args, **kwargs)
+        finally:
+            del self.__dict__[_COMPUTING]
         value = args[0] if args else next(iter(kwargs.values()))
         return result + self.__dict__[_CHANGE].of(value).to(result.dtype)
 
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    def weight(self: Any) -> torch.Tensor:
+        own: torch.Tensor = self._parameters["weight"]
+        return own if _COMPUTING in self.__dict__ else self.__dict__[_CHANGE].added_to(own, _is_turned(self))
+
+    return type(kind.__name__, (kind,), {"__call__": call, "weight": property(weight), "__module__": kind.__module__})
 
 
 def _module(model: nn.Module, name: str) -> nn.Module | None:
@@ -116,6 +140,12 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear layer, None for any other module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if isinstance(module, Conv1D):  # transformers' linear layer with the weight the other way around
-        return module.weight.shape[0], module.weight.shape[1]
+    if _is_turned(module):
+        weight = module.get_parameter("weight")
+        return weight.shape[0], weight.shape[1]
     return None
+
+
+def _is_turned(module: nn.Module) -> bool:
+    """Whether it is transformers' linear layer that keeps its weight as [in, out]."""
+    return isinstance(module, Conv1D)

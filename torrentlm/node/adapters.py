@@ -27,9 +27,10 @@ from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import MAX_BYTES, FileEntry
 from torrentlm.manifest.torrent import Torrent
 from torrentlm.node.membership import Membership
+from torrentlm.node.memory import computing_dtype, weights_bytes
 from torrentlm.node.parts import Parts
 from torrentlm.publish.adapter import PublishedAdapter
-from torrentlm.records import AdapterId, InfoHash, Span
+from torrentlm.records import AdapterId, Endpoint, InfoHash, Span
 from torrentlm.structured import single_error
 from torrentlm.swarm.transfer import Transfer
 
@@ -40,16 +41,21 @@ MAX_TORRENT_CONTENT = 16 << 20
 """Bytes of an adapter torrent: a manifest, and a small torrent for each block."""
 FEED_EVERY_S = 0.5
 MAX_FED = 32
-"""Peers of the base that are asked whether they have the adapter."""
+"""Peers of the base that are asked at a time whether they have the adapter."""
 
 
 @dataclass(slots=True)
 class _Entry:
-    """One adapter. ``own``: published here, so nothing of it is this cache's to count or to remove."""
+    """One adapter. ``own``: published here, so nothing of it is this cache's to count or to remove.
+
+    ``failed``: something of it could not be had or kept, so the next session begins anew. ``size``: its torrent's.
+    """
 
     id: AdapterId
     own: bool = False
+    failed: bool = False
     users: int = 0
+    size: int = 0
     transfer: Transfer | None = None
     folder: Path | None = None
     manifest: AdapterManifest | None = None
@@ -69,14 +75,15 @@ class NodeAdapters:
         self._folder = parts.store.data / "adapters"
         self._entries: OrderedDict[AdapterId, _Entry] = OrderedDict()
         self._blocks: dict[str, tuple[Transfer, int]] = {}
-        """Fetched block files by name, with what each counts for: bytes."""
+        """Fetched block files by name, with what each counts for: bytes on disk or in memory, whichever is more."""
         self._fetching = 0
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def kept(self) -> int:
-        """Bytes of the adapters' files that were fetched here."""
-        return sum(size for _, size in self._blocks.values())
+        """Bytes that what was fetched here counts for."""
+        torrents = sum(entry.size for entry in self._entries.values() if not entry.own)
+        return torrents + sum(size for _, size in self._blocks.values())
 
     def share(self, published: PublishedAdapter) -> None:
         """Seed an adapter that was published here, for as long as the node runs."""
@@ -125,7 +132,7 @@ class NodeAdapters:
             with trio.fail_after(FETCH_LIMIT_S):
                 async with entry.lock:
                     manifest = await self._obtain(entry, membership)
-                    await self._fetch(entry, manifest.span_files(span), membership)
+                    await self._fetch(entry, manifest, span, membership)
             lent = True
             self._entries.move_to_end(adapter)
             return self._lend(entry, manifest, span)
@@ -138,6 +145,7 @@ class NodeAdapters:
         finally:
             self._fetching -= 1
             if not lent:
+                entry.failed = True
                 self._give_back(entry)
 
     def _lend(self, entry: _Entry, manifest: AdapterManifest, span: Span) -> Borrowed:
@@ -156,8 +164,8 @@ class NodeAdapters:
 
     def _give_back(self, entry: _Entry) -> None:
         entry.users -= 1
-        if not entry.users and entry.manifest is None:
-            self._forget(entry)  # it turned out to be nothing
+        if not entry.users and (entry.failed or entry.manifest is None):
+            self._forget(entry)
 
     # -- fetching
 
@@ -165,7 +173,7 @@ class NodeAdapters:
         """The manifest, once the adapter torrent is here and fits the model. Raises ArtifactError, StorageError."""
         if entry.manifest is None:
             transfer = entry.transfer or self._start(entry)
-            await self._complete([transfer], membership)
+            await self._complete(entry, [transfer], membership)
             if (transfer.v1, transfer.v2) != (entry.id.v1, entry.id.v2):
                 raise ArtifactError("the adapter's two hashes name different torrents: copy its whole magnet")
             entry.folder = transfer.folder / transfer.name
@@ -175,6 +183,7 @@ class NodeAdapters:
             except OSError as error:
                 raise ArtifactError("this magnet is not one of a torrentlm adapter") from error
             entry.manifest = AdapterManifest.from_bytes(content)
+            entry.size = sum(path.stat().st_size for path in entry.folder.rglob("*") if path.is_file())
         if entry.manifest.base.v2 != membership.id:
             raise ArtifactError(
                 f"the adapter {entry.manifest.name} was made for another model, not for {membership.manifest.name}"
@@ -193,18 +202,22 @@ class NodeAdapters:
         if any(self._parts.swarm.canonical(InfoHash(found[:20])) is not None for found in hashes):
             raise ArtifactError("this magnet is not one of a torrentlm adapter")
 
-    async def _fetch(self, entry: _Entry, files: Sequence[FileEntry], membership: Membership) -> None:
-        """Get the block files that are missing. Raises RefusedError, ArtifactError, StorageError."""
+    async def _fetch(self, entry: _Entry, manifest: AdapterManifest, span: Span, membership: Membership) -> None:
+        """Get the block files of ``span`` that are missing. Raises RefusedError, ArtifactError, StorageError."""
+        files = manifest.span_files(span)
         missing = [file for file in files if not self._has(file.name)]
         torrents = [self._read_torrent(entry, file) for file in missing]
-        self._make_room(entry, sum(file.size for file in missing))
-        self._parts.store.require_space({file.name: file.size for file in missing}, self._parts.config.disk)
+        config = self._parts.config
+        in_memory = weights_bytes(manifest, computing_dtype(membership.manifest, config))
+        sizes = {file.name: max(file.size, in_memory[file.name]) for file in missing}
+        self._make_room(sum(sizes.values()))
+        self._parts.store.require_space({file.name: file.size for file in missing}, config.disk)
         for file, torrent in zip(missing, torrents, strict=True):
             self._refuse_others((file.v1, file.v2))
             transfer = self._parts.swarm.add_torrent(torrent, self._folder / "blocks")
-            self._blocks[file.name] = transfer, file.size
+            self._blocks[file.name] = transfer, sizes[file.name]
         fetched = [self._blocks[file.name][0] for file in files if file.name in self._blocks]
-        await self._complete(fetched, membership)
+        await self._complete(entry, fetched, membership)
 
     def _read_torrent(self, entry: _Entry, file: FileEntry) -> bytes:
         assert entry.folder is not None  # noqa: S101  it has its manifest
@@ -219,16 +232,14 @@ class NodeAdapters:
             )
         return content
 
-    def _make_room(self, entry: _Entry, needed: int) -> None:
+    def _make_room(self, needed: int) -> None:
         """Forget unused adapters, the longest unused first, until ``needed`` bytes more fit. Raises RefusedError."""
         budget = self._parts.config.adapters
-        entry.users += 1  # not this one
         for other in tuple(self._entries.values()):
             if self.kept + needed <= budget:
                 break
             if not other.users:
                 self._forget(other)
-        entry.users -= 1
         if self.kept + needed > budget:
             raise RefusedError(
                 f"the adapter's {needed / 1e6:.2f} MB do not fit: this holder keeps {budget / 1e6:.2f} MB of adapters, "
@@ -253,29 +264,36 @@ class NodeAdapters:
             self._parts.swarm.remove(entry.transfer)
             shutil.rmtree(self._folder / entry.id.v2.hex(), ignore_errors=True)
 
-    async def _complete(self, transfers: Sequence[Transfer], membership: Membership) -> None:
-        """Return when all are here; they come from the base's peers, and from whoever the DHT names."""
+    async def _complete(self, entry: _Entry, transfers: Sequence[Transfer], membership: Membership) -> None:
+        """Return when all are here; they come from the base's peers, and from whoever the DHT names for the adapter."""
         with single_error():
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._feed, transfers, membership)
-                nursery.start_soon(self._look_up, transfers)
+                nursery.start_soon(_feed, transfers, membership)
+                nursery.start_soon(self._look_up, entry.id, transfers)
                 for transfer in transfers:
                     await transfer.wait_complete(stall_timeout=float("inf"))
                 nursery.cancel_scope.cancel()
 
-    async def _feed(self, transfers: Sequence[Transfer], membership: Membership) -> None:
-        while True:
-            for endpoint in membership.peers.endpoints()[:MAX_FED]:
-                for transfer in transfers:
-                    if not transfer.complete:
-                        transfer.connect_peer(endpoint)
-            await trio.sleep(FEED_EVERY_S)
+    async def _look_up(self, adapter: AdapterId, transfers: Sequence[Transfer]) -> None:
+        hashes = (InfoHash(adapter.v1), InfoHash(adapter.v2[:20]))
+        _connect(await self._parts.swarm.dht.find_peers(hashes), transfers)
 
-    async def _look_up(self, transfers: Sequence[Transfer]) -> None:
+
+async def _feed(transfers: Sequence[Transfer], membership: Membership) -> None:
+    """Keep asking peers of the base, some at a time; libtorrent ignores those that it is connected to."""
+    first = 0
+    while True:
+        endpoints = membership.peers.endpoints()
+        _connect(endpoints[first : first + MAX_FED], transfers)
+        first = first + MAX_FED if first + MAX_FED < len(endpoints) else 0
+        await trio.sleep(FEED_EVERY_S)
+
+
+def _connect(endpoints: Sequence[Endpoint], transfers: Sequence[Transfer]) -> None:
+    for endpoint in endpoints:
         for transfer in transfers:
             if not transfer.complete:
-                for endpoint in await self._parts.swarm.dht.find_peers(transfer.info_hashes):
-                    transfer.connect_peer(endpoint)
+                transfer.connect_peer(endpoint)
 
 
 _LATE = (

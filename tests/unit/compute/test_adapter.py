@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from tests.peft_adapters import make_adapter, merged
 from tests.unit.compute.checkpoints import Chain, cut, greedy, prefill, tiny
-from torrentlm.compute.adapter import Adapter
+from torrentlm.compute.adapter import Adapter, applied
+from torrentlm.compute.lean import make_lean
 from torrentlm.compute.span import SpanRunner
 from torrentlm.errors import ArtifactError
 from torrentlm.publish.peft import PeftFolder
@@ -111,6 +116,48 @@ def test_a_step_that_fails_leaves_the_base_as_it_was(base: Path, tmp_path: Path)
     with pytest.raises(Exception, match="could not be computed"):
         chain([runner], adapter).step(IDS)
     assert torch.equal(chain([runner], None).step(IDS), prefill(tiny(), IDS))
+
+
+class Reader(nn.Module):
+    """A model that calls one linear layer, and reads the weights of two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called = nn.Linear(6, 5)
+        self.read = nn.Linear(5, 4)
+        self.turned = Conv1D(3, 4)
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        called = self.called(input=value)
+        return nn.functional.linear(called, self.read.weight) @ self.turned.weight
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_weights_that_are_read_past_the_layer_are_changed_too(lean: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Reader()
+    sizes = {"called": (6, 5), "read": (5, 4), "turned": (4, 3)}
+    tensors = {}
+    for name, (into, out) in sizes.items():
+        tensors[f"{name}.lora_A.weight"] = torch.randn(2, into)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(out, 2)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    files = [(tmp_path / "adapter.safetensors", [("", "")])]
+    adapter = Adapter(files, dict.fromkeys(sizes, 0.5), torch.float32, torch.device("cpu"))
+    adapter.check(model)
+    whole = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in sizes:
+            change = 0.5 * tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+            whole.get_submodule(name).weight += change.T if name == "turned" else change
+    if lean:
+        make_lean(model)
+    value = torch.randn(2, 6)
+    with torch.inference_mode():
+        plain = model(value)
+        with applied(adapter, model):
+            torch.testing.assert_close(model(value), whole(value))
+        assert torch.equal(model(value), plain)
 
 
 def test_bf16_rounds_a_little(base: Path, tmp_path: Path) -> None:
