@@ -184,8 +184,8 @@ class Model(_Closing):
     def embed(self, texts: str | Sequence[str], *, adapter: str | None = None) -> Array:
         """One vector for each text, float32 [texts, width]; of an encoder, pooled as the model's own files state.
 
-        Texts that are longer than the model takes are cut. Raises RefusedError (no encoder, an empty text),
-        NoHolderError, HolderLostError, ArtifactError; TypeError for what is no text.
+        Texts that are longer than the model takes are cut; ``adapter`` as in :meth:`generate`. Raises RefusedError (no
+        encoder, an empty text), NoHolderError, HolderLostError, ArtifactError; TypeError for what is no text.
         """
         wanted = [text_of(text) for text in ([texts] if isinstance(texts, str) else texts)]
         return self._portal.run(lambda: self._client.embed(wanted, adapter))
@@ -210,9 +210,9 @@ class Model(_Closing):
         pads = tuple(pads or (0,) * batch)
         return Session(self._portal, self._client.model.steps(batch, max_length, pads, adapter))
 
-    def as_transformers(self) -> SwarmForCausalLM:
+    def as_transformers(self, *, adapter: str | None = None) -> SwarmForCausalLM:
         """A model of transformers without weights, for its own ``generate()``: beam search, logits processors,
-        stopping criteria, streamers. Close it, or use it in a ``with``.
+        stopping criteria, streamers; with ``adapter`` in all that it does. Close it, or use it in a ``with``.
 
         Raises ArtifactError or UnsupportedModelError if the model torrent's files are not a decoder's.
         """
@@ -221,7 +221,7 @@ class Model(_Closing):
         return SwarmForCausalLM.load(
             self._client.membership.folder,
             self._client.model.tokenizer,
-            lambda rows, length, pads: self.session(batch=rows, max_length=length, pads=pads),
+            lambda rows, length, pads: self.session(batch=rows, max_length=length, pads=pads, adapter=adapter),
         )
 
     def route(self) -> tuple[RouteHop, ...]:

@@ -36,8 +36,8 @@ async def find_route(
     timeout: float = ROUTE_TIMEOUT_S,
     waiting: Callable[[str], None] = lambda text: None,
 ) -> tuple[Hop, ...]:
-    """The best route through one side of the model as soon as there is one; only holders that apply adapters come in for the
-    blocks ``adapted``.
+    """The best route through one side of the model as soon as there is one; for the blocks ``adapted`` through holders
+    that apply adapters.
 
     Raises NoHolderError, naming the first block that nobody serves, after ``timeout`` seconds; ``waiting`` hears that
     sentence whenever it changes before.

@@ -21,6 +21,9 @@ from torrentlm.publish.published import stored_manifest
 from torrentlm.structured import single_error
 from torrentlm.swarm.store import read_endpoint
 
+_Place = tuple[int, str, str | None]
+"""Which side of the model (an encoder-decoder has two), which kind of block, which layers."""
+
 
 async def compare(first: Settings, second: Settings, say: Say = lambda event: None) -> dict[str, Any]:
     """What ``torrentlm inspect --diff --json`` prints; the first one's settings say how to reach the swarm.
@@ -85,13 +88,11 @@ def _rows(a: Manifest, b: Manifest) -> list[dict[str, Any]]:
     """Blocks of the same layers (or stems, or heads) side by side, in ``a``'s order; then those that only ``b`` has."""
     in_a, in_b = _by_place(a), _by_place(b)
     places = list(dict.fromkeys((*in_a, *in_b)))
-    places.sort(key=lambda place: ("stem", "layers", "head").index(place[0]))  # stable: their order stays
+    places.sort(key=lambda place: (place[0], ("stem", "layers", "head").index(place[1])))  # stable: their order stays
     return [_row(place, (a, in_a.get(place)), (b, in_b.get(place))) for place in places]
 
 
-def _row(
-    place: tuple[str, str | None], first: tuple[Manifest, int | None], second: tuple[Manifest, int | None]
-) -> dict[str, Any]:
+def _row(place: _Place, first: tuple[Manifest, int | None], second: tuple[Manifest, int | None]) -> dict[str, Any]:
     (a, a_block), (b, b_block) = first, second
     a_files = () if a_block is None else a.block_files(a_block)
     b_files = () if b_block is None else b.block_files(b_block)
@@ -103,8 +104,9 @@ def _row(
     a_bytes, b_bytes = sum(file.size for file in a_files), sum(file.size for file in b_files)
     fetch = sum(file.size for file in b_files if file.v2 not in known)
     return {
-        "kind": place[0],
-        "layers": place[1],
+        "side": place[0],
+        "kind": place[1],
+        "layers": place[2],
         "a": a_block,
         "b": b_block,
         "state": state,
@@ -119,10 +121,12 @@ def _row(
     }
 
 
-def _by_place(manifest: Manifest) -> dict[tuple[str, str | None], int]:
+def _by_place(manifest: Manifest) -> dict[_Place, int]:
     """Block numbers by what the blocks are."""
-    blocks = enumerate(manifest.blocks)
-    return {(entry.kind, None if entry.layers is None else str(entry.layers)): number for number, entry in blocks}
+    return {
+        (manifest.side_of(number), entry.kind, None if entry.layers is None else str(entry.layers)): number
+        for number, entry in enumerate(manifest.blocks)
+    }
 
 
 def _files(manifest: Manifest) -> frozenset[bytes]:
