@@ -231,14 +231,14 @@ def test_an_adapter_of_another_model_is_refused(adapter_folder: Path, store: Sto
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path / "other")
-    other = publish(Recipe("other", tmp_path / "other"), store)
+    other = publish(Recipe("other", tmp_path / "other", tokenizer=False), store)
     refused(adapter_folder, "does not have", other, store, ArtifactError)
 
 
 def test_a_tied_head_is_refused(store: Store, tmp_path: Path) -> None:
     save_llama(tmp_path / "tied", tied=True)
     folder = make_adapter(tmp_path / "tied", tmp_path / "adapter", target_modules=["lm_head"])
-    refused(folder, "lm_head", publish(Recipe("tied", tmp_path / "tied"), store), store)
+    refused(folder, "lm_head", publish(Recipe("tied", tmp_path / "tied", tokenizer=False), store), store)
 
 
 def test_embeddings_are_refused(base_folder: Path, base: Published, store: Store, tmp_path: Path) -> None:
