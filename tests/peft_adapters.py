@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -18,7 +18,7 @@ def make_adapter(base: Path, target: Path, seed: int = 1, size: float = 0.2, **s
     torch.manual_seed(seed)
     logging.getLogger("peft").setLevel(logging.ERROR)
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | settings)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model = get_peft_model(load(base), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -29,5 +29,10 @@ def make_adapter(base: Path, target: Path, seed: int = 1, size: float = 0.2, **s
 
 def merged(base: Path, adapter: Path) -> PreTrainedModel:
     """The base with the adapter merged into its weights by peft, fp32."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
-    return model.merge_and_unload().eval()
+    return PeftModel.from_pretrained(load(base), adapter).merge_and_unload().eval()
+
+
+def load(base: Path) -> PreTrainedModel:
+    """The checkpoint in ``base``, which continues texts or translates them, fp32."""
+    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(base).is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(base, dtype=torch.float32)

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.e2e import checkpoint
-from tests.peft_adapters import make_adapter
+from tests.peft_adapters import load, make_adapter, merged
 from tests.swarm.nodes import in_trio
 from torrentlm.client.generation import Options
 from torrentlm.config import AdapterRecipe, NodeConfig, Recipe, Settings
@@ -219,3 +221,47 @@ async def test_sessions_of_two_adapters_share_the_base_in_memory(
             monkeypatch.setattr(node_adapters, "FETCH_LIMIT_S", 2.0)
             with pytest.raises(NetworkError, match="did not come"):
                 await client.model.generate("Hello", Options(), adapter=str(Magnet(b"u" * 20, b"v" * 32)))
+
+
+def save_t5(folder: Path) -> None:
+    """A random encoder-decoder with the tokenizer of the other checkpoint."""
+    checkpoint.make(folder)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=256, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+
+
+@in_trio(120)
+async def test_an_encoder_decoder_has_its_adapter_on_both_sides(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_t5(base)
+    folder = make_adapter(base, tmp_path / "adapter", target_modules=["q", "v", "wi", "wo"], size=0.4)
+    with Store(tmp_path / "data") as store:
+        model = publish(Recipe("base", base), store)
+        adapter = publish_adapter(AdapterRecipe("a", folder), model.magnet, model.manifest, store)
+    assert adapter.manifest.touched == {1, 2, 5, 6}
+    every = Span(0, len(model.manifest.blocks) - 1)
+    async with open_node(replace(config(tmp_path / "data", adapters=1 << 20), blocks=every)) as node:
+        membership = await node.join(model.magnet, timeout=30)
+        node.adapters.share(adapter)
+        await node.hold(membership)
+        settings = Settings(None, str(model.magnet), config(tmp_path / "client", node.endpoint))
+        async with open_client(settings) as client:
+            results = [
+                await client.model.generate("Hello", Options(max_new_tokens=12), adapter=link)
+                for link in (str(adapter.magnet), None)
+            ]
+    ids = torch.tensor([client.model.tokenizer("Hello")["input_ids"]])
+    for result, whole in zip(results, (merged(base, folder), load(base)), strict=True):
+        expected = whole.generate(ids, max_new_tokens=12, do_sample=False)[0, 1:].tolist()
+        assert list(result.tokens) == expected
+    assert results[0].tokens != results[1].tokens

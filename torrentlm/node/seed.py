@@ -16,7 +16,7 @@ from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.membership import Membership
 from torrentlm.node.node import Node, open_node
 from torrentlm.node.parts import Say
-from torrentlm.publish.adapter import publish_adapter
+from torrentlm.publish.adapter import adapter_event, publish_adapter
 from torrentlm.publish.run import Pace, published_event, run
 from torrentlm.records import Endpoint
 
@@ -69,8 +69,7 @@ async def _publish_adapter(node: Node, membership: Membership, recipe: AdapterRe
         publish_adapter, recipe, membership.magnet, membership.manifest, node.parts.store
     )
     node.adapters.share(published)
-    blocks = sorted(published.manifest.touched)
-    say({"event": "adapter", "name": recipe.name, "magnet": str(published.magnet), "blocks": blocks})
+    say(adapter_event(published))
 
 
 def _ready(node: Node, membership: Membership) -> dict[str, Any]:

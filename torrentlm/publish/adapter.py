@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torrentlm.config import AdapterRecipe
 from torrentlm.errors import ArtifactError, StorageError, UnsupportedModelError
@@ -51,6 +52,14 @@ class _Block:
     block: int
     names: Names
     changes: Mapping[str, Change]  # by the linear layer's name in the file
+
+
+def adapter_event(published: PublishedAdapter) -> dict[str, Any]:
+    """The ``adapter`` event of docs/cli.md."""
+    manifest = published.manifest
+    blocks = sorted(manifest.touched)
+    magnet = str(published.magnet)
+    return {"event": "adapter", "name": manifest.name, "magnet": magnet, "size": manifest.size, "blocks": blocks}
 
 
 def publish_adapter(recipe: AdapterRecipe, magnet: Magnet, base: Manifest, store: Store) -> PublishedAdapter:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.e2e.processes import run
 from tests.peft_adapters import TARGETS, make_adapter
 from tests.unit.publish.models import LAYERS, listing, save_llama
 from torrentlm.config import AdapterRecipe, Recipe
@@ -244,3 +245,21 @@ def test_a_tied_head_is_refused(store: Store, tmp_path: Path) -> None:
 def test_embeddings_are_refused(base_folder: Path, base: Published, store: Store, tmp_path: Path) -> None:
     folder = make_adapter(base_folder, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
     refused(folder, "changes embeddings", base, store, UnsupportedModelError)
+
+
+def test_the_command_publishes_adapters_with_the_model_or_for_one_that_is_there(
+    adapter_folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    tables = f'[[adapter]]\nname = "a"\nfolder = "{adapter_folder}"\n'
+    model, joining = tmp_path / "model.toml", tmp_path / "joining.toml"
+    model.write_text(f'[model]\nname = "base"\ntokenizer = false\n[model.source]\nfolder = "{base_folder}"\n' + tables)
+    here = ("--data", str(tmp_path / "data"))
+    done = run("publish", str(model), *here)
+    magnet, adapter = done.stdout.splitlines()
+    joining.write_text(f'magnet = "{magnet}"\n' + tables)
+    again = run("publish", str(joining), *here, "--json")
+    event = json.loads(again.stdout)
+    assert (event["event"], event["name"], event["magnet"]) == ("adapter", "a", adapter)
+    assert event["blocks"] == list(range(1, LAYERS + 1))
+    elsewhere = run("publish", str(joining), "--data", str(tmp_path / "elsewhere"))
+    assert (elsewhere.returncode, elsewhere.stdout) == (1, "") and "torrentlm seed" in elsewhere.stderr
