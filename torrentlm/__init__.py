@@ -25,7 +25,7 @@ from torrentlm.errors import (
 )
 
 if TYPE_CHECKING:
-    from torrentlm.api import Chat, Model, Session, connect, serve
+    from torrentlm.api import Chat, Model, Session, compare, connect, serve
     from torrentlm.client.generation import GenerationResult
 
 __all__ = [
@@ -42,11 +42,12 @@ __all__ = [
     "StorageError",
     "TorrentLMError",
     "UnsupportedModelError",
+    "compare",
     "connect",
     "serve",
 ]
 
-_OF_API = ("Chat", "GenerationResult", "Model", "Session", "connect", "serve")
+_OF_API = ("Chat", "GenerationResult", "Model", "Session", "compare", "connect", "serve")
 
 
 def __getattr__(name: str) -> Any:

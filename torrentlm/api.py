@@ -24,6 +24,7 @@ from torrentlm.client.options import How, options_of, text_of
 from torrentlm.config import Settings, load
 from torrentlm.errors import LocalProtocolError
 from torrentlm.node.client import SwarmClient, open_client
+from torrentlm.node.compare import compare as compare_models
 from torrentlm.node.seed import seed
 from torrentlm.portal import Portal
 from torrentlm.structured import single_error
@@ -71,11 +72,40 @@ def connect(
     ``target`` is a magnet link or the path of a model.toml. Options beat ``TORRENTLM_*``, which beat the file.
     Raises ConfigError, ArtifactError (wrong magnet), NetworkError (nobody there).
     """
+    chosen = settings or _settings(target, data, port, peers, dht_bootstrap)
+    return Model(Portal(lambda: open_client(chosen, on_event)))
+
+
+def compare(
+    first: str | Path,
+    second: str | Path,
+    *,
+    data: str | Path | None = None,
+    port: int | None = None,
+    peers: Sequence[str] | None = None,
+    dht_bootstrap: Sequence[str] | str | None = None,
+    settings: tuple[Settings, Settings] | None = None,
+    on_event: OnEvent = lambda event: None,
+) -> dict[str, Any]:
+    """Which blocks two models share, as plain values: what ``torrentlm inspect --diff --json`` prints (docs/cli.md).
+
+    Targets, options and errors are those of :func:`connect`; models that the data folder knows need no swarm.
+    """
+    a, b = settings or (_settings(target, data, port, peers, dht_bootstrap) for target in (first, second))
+    with single_error():
+        return trio.run(compare_models, a, b, on_event)
+
+
+def _settings(
+    target: str | Path,
+    data: str | Path | None,
+    port: int | None,
+    peers: Sequence[str] | None,
+    dht_bootstrap: Sequence[str] | str | None,
+) -> Settings:
     if port is None and not os.environ.get("TORRENTLM_PORT"):
         port = 0  # a seeding node of this machine has the usual one
-    overrides = {"data": data, "port": port, "peers": peers, "dht_bootstrap": dht_bootstrap}
-    chosen = settings or load(target, overrides=overrides)
-    return Model(Portal(lambda: open_client(chosen, on_event)))
+    return load(target, overrides={"data": data, "port": port, "peers": peers, "dht_bootstrap": dht_bootstrap})
 
 
 class _Closing(ABC):
@@ -108,54 +138,81 @@ class Model(_Closing):
 
     @overload
     def generate(
-        self, prompt: str, *, chat: bool = False, stream: Literal[False] = False, **options: Unpack[How]
+        self,
+        prompt: str,
+        *,
+        chat: bool = False,
+        adapter: str | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[How],
     ) -> str: ...
     @overload
     def generate(
-        self, prompt: str, *, chat: bool = False, stream: Literal[True], **options: Unpack[How]
+        self,
+        prompt: str,
+        *,
+        chat: bool = False,
+        adapter: str | None = None,
+        stream: Literal[True],
+        **options: Unpack[How],
     ) -> Iterator[str]: ...
     def generate(
-        self, prompt: str, *, chat: bool = False, stream: bool = False, **options: Unpack[How]
+        self,
+        prompt: str,
+        *,
+        chat: bool = False,
+        adapter: str | None = None,
+        stream: bool = False,
+        **options: Unpack[How],
     ) -> str | Iterator[str]:
         """Continue ``prompt``, or with ``chat`` answer it through the chat template; options as in :class:`How`.
 
+        ``adapter`` is the magnet link of an adapter made for this model; holders apply it to this generation alone.
         ``stream`` gives an iterator over pieces of text; leaving it early stops the holders. :attr:`last` has the
         figures. With a seed the same call gives the same tokens whatever the route.
-        Raises RefusedError (too long, …), NoHolderError, HolderLostError; TypeError and ValueError for options that
-        cannot be meant.
+        Raises RefusedError (too long, …), NoHolderError, HolderLostError; ArtifactError for a wrong adapter; TypeError
+        and ValueError for options that cannot be meant.
         """
         text, asked = text_of(prompt), options_of(options)
 
         async def work(emit: Hear) -> None:
-            self.last = await self._client.model.generate(text, asked, chat=chat, emit=emit)
+            self.last = await self._client.model.generate(text, asked, chat=chat, adapter=adapter, emit=emit)
 
         pieces = self._portal.stream(work)
         return pieces if stream else "".join(pieces)
 
-    def embed(self, texts: str | Sequence[str]) -> Array:
+    def embed(self, texts: str | Sequence[str], *, adapter: str | None = None) -> Array:
         """One vector for each text, float32 [texts, width]; of an encoder, pooled as the model's own files state.
 
-        Texts that are longer than the model takes are cut. Raises RefusedError (no encoder, an empty text),
-        NoHolderError, HolderLostError, ArtifactError; TypeError for what is no text.
+        Texts that are longer than the model takes are cut; ``adapter`` as in :meth:`generate`. Raises RefusedError (no
+        encoder, an empty text), NoHolderError, HolderLostError, ArtifactError; TypeError for what is no text.
         """
         wanted = [text_of(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        return self._portal.run(lambda: self._client.embed(wanted))
+        return self._portal.run(lambda: self._client.embed(wanted, adapter))
 
-    def chat(self, *, system: str | None = None) -> Chat:
-        """A conversation with history. Use it in a ``with``, or call its ``close``."""
-        return Chat(self, self._portal, self._client.model.chat(None if system is None else text_of(system)))
+    def chat(self, *, system: str | None = None, adapter: str | None = None) -> Chat:
+        """A conversation with history, all of it with ``adapter``. Use it in a ``with``, or call its ``close``."""
+        return Chat(self, self._portal, self._client.model.chat(None if system is None else text_of(system), adapter))
 
-    def session(self, *, batch: int = 1, max_length: int = 512, pads: Sequence[int] | None = None) -> Session:
+    def session(
+        self,
+        *,
+        batch: int = 1,
+        max_length: int = 512,
+        pads: Sequence[int] | None = None,
+        adapter: str | None = None,
+    ) -> Session:
         """Stepping mode: full control, see :class:`Session`. ValueError for sizes that no session has."""
         if not 1 <= batch <= MAX_BATCH or not 1 <= max_length <= MAX_TOKENS:
             raise ValueError(f"a session has 1 to {MAX_BATCH} rows of 1 to {MAX_TOKENS} tokens")
         if pads is not None and (len(pads) != batch or not all(0 <= pad < max_length for pad in pads)):
             raise ValueError(f"pads are {batch} numbers, one per row, from 0 up and below max_length")
-        return Session(self._portal, self._client.model.steps(batch, max_length, tuple(pads or (0,) * batch)))
+        pads = tuple(pads or (0,) * batch)
+        return Session(self._portal, self._client.model.steps(batch, max_length, pads, adapter))
 
-    def as_transformers(self) -> SwarmForCausalLM:
+    def as_transformers(self, *, adapter: str | None = None) -> SwarmForCausalLM:
         """A model of transformers without weights, for its own ``generate()``: beam search, logits processors,
-        stopping criteria, streamers. Close it, or use it in a ``with``.
+        stopping criteria, streamers; with ``adapter`` in all that it does. Close it, or use it in a ``with``.
 
         Raises ArtifactError or UnsupportedModelError if the model torrent's files are not a decoder's.
         """
@@ -164,7 +221,7 @@ class Model(_Closing):
         return SwarmForCausalLM.load(
             self._client.membership.folder,
             self._client.model.tokenizer,
-            lambda rows, length, pads: self.session(batch=rows, max_length=length, pads=pads),
+            lambda rows, length, pads: self.session(batch=rows, max_length=length, pads=pads, adapter=adapter),
         )
 
     def route(self) -> tuple[RouteHop, ...]:

@@ -90,6 +90,10 @@ def _budget(value: object, base: Path) -> int | None:
     return None if value == "auto" else parse_size(value)
 
 
+def _bound(value: object, base: Path) -> int:
+    return 0 if value == "off" else parse_size(value)
+
+
 def _threads(value: object, base: Path) -> int | None:
     return None if value == "auto" else _number(1, 1024)(value, base)
 
@@ -169,6 +173,7 @@ def _decimal(text: str) -> object:
 _TEXT = Kind("a short text", _text)
 _PATH = Kind("a path", _path)
 _BUDGET = Kind('a size such as "4GB" or "512 MiB", a number of bytes, or "auto"', _budget, _integer)
+_BOUND = Kind('a size such as "200MB", a number of bytes, or "off"', _bound, _integer, ("off",))
 _PORT = Kind("a whole number from 0 (any free port) to 65535", _number(0, 65535), _integer)
 _COUNT = Kind("a whole number from 1 to 1024", _number(1, 1024), _integer)
 _THREADS = Kind('a whole number from 1 to 1024, or "auto"', _threads, _integer, ("auto",))
@@ -219,6 +224,14 @@ class Recipe:
     replay: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterRecipe:
+    """An adapter to publish, a table [[adapter]]: a PEFT ``folder`` made for the model that the file names."""
+
+    name: str
+    folder: Path
+
+
 def default_data(environment: Mapping[str, str] = os.environ) -> Path:
     """``torrentlm`` in the XDG data folder."""
     folder = Path(environment.get("XDG_DATA_HOME", ""))
@@ -232,6 +245,7 @@ class NodeConfig:
     ``dht_bootstrap`` None: the public nodes; (): none, so that the DHT starts from known peers alone. ``port`` 0: any
     free one. ``threads`` None: one per core. ``lease``: seconds after which an idle session's memory is freed.
     ``allow_code``: hashes of the code of its own that a model may run here.
+    ``adapters``: bytes of adapters that sessions may bring along, 0 to apply none.
     """
 
     data: Path = field(default_factory=default_data)
@@ -247,15 +261,17 @@ class NodeConfig:
     threads: int | None = None
     lease: float = 60.0
     allow_code: tuple[str, ...] = ()
+    adapters: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A model to publish (``recipe``) or to join (``magnet``), and the node to do it with."""
+    """A model to publish (``recipe``) or to join (``magnet``), the node to do it with, and adapters to publish."""
 
     recipe: Recipe | None = None
     magnet: str | None = None
     node: NodeConfig = field(default_factory=NodeConfig)
+    adapters: tuple[AdapterRecipe, ...] = ()
 
 
 MODEL_KEYS = {"name": _TEXT, "layers_per_block": _COUNT, "dtype": _DTYPE, "tokenizer": _FLAG, "allow_nan": _FLAG}
@@ -269,6 +285,7 @@ SOURCE_KEYS = {
     "consume": _FLAG,
 }
 SPLIT_KEYS = {"layer_stacks": _TEXTS, "task": _TASK, "replay": _FLAG}
+ADAPTER_KEYS = {"name": _TEXT, "folder": _PATH}
 NODE_KEYS = {
     "data": _PATH,
     "host": _TEXT,
@@ -283,12 +300,14 @@ NODE_KEYS = {
     "threads": _THREADS,
     "lease": _SECONDS,
     "allow_code": _HASHES,
+    "adapters": _BOUND,
 }
 TABLES: dict[str, tuple[str, ...]] = {
-    "": ("magnet", "model", "node"),
+    "": ("magnet", "model", "adapter", "node"),
     "model": (*MODEL_KEYS, "source", "split"),
     "model.source": tuple(SOURCE_KEYS),
     "model.split": tuple(SPLIT_KEYS),
+    "adapter": tuple(ADAPTER_KEYS),
     "node": tuple(NODE_KEYS),
 }
 """Every table of a model.toml with its keys; "" is the top."""
@@ -359,7 +378,7 @@ def merge(
         raise ConfigError(f'magnet in {file} must be a link that begins with "magnet:?", not {_shown(magnet)}.')
     recipe = None if model is None else _recipe(model, base, file)
     node = _node(_table(document, "node", file) or {}, base, environment, overrides, file, folder)
-    return Settings(recipe, magnet, node)
+    return Settings(recipe, magnet, node, _adapters(document.get("adapter", []), base, file))
 
 
 def _recipe(model: Mapping[str, object], base: Path, file: str) -> Recipe:
@@ -390,6 +409,22 @@ def _recipe(model: Mapping[str, object], base: Path, file: str) -> Recipe:
     if ("package" in values) != ("file" in values):
         raise ConfigError(f"[model.source] in {file} must have package and file together, or neither.")
     return Recipe(**values)
+
+
+def _adapters(tables: object, base: Path, file: str) -> tuple[AdapterRecipe, ...]:
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"adapter in {file} must be tables, [[adapter]] each, not {_shown(tables)}.")
+    recipes = []
+    for table in tables:
+        _check_keys(table, "adapter", file)
+        if missing := [name for name in ADAPTER_KEYS if name not in table]:
+            raise ConfigError(f'an [[adapter]] in {file} has no {missing[0]}; add {missing[0]} = "…".')
+        values = {
+            name: _read(kind, table[name], base, f"{name} in [[adapter]] of {file}")
+            for name, kind in ADAPTER_KEYS.items()
+        }
+        recipes.append(AdapterRecipe(**values))
+    return tuple(recipes)
 
 
 def _node(

@@ -17,6 +17,14 @@ InfoHash = NewType("InfoHash", bytes)
 """20 bytes as they stand in a BEP 3 handshake and in the DHT: a v1 info-hash or a truncated v2 one (BEP 52)."""
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterId:
+    """An adapter torrent's info-hashes: ``v1`` 20 bytes, ``v2`` 32 bytes."""
+
+    v1: bytes
+    v2: bytes
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Endpoint:
     """Where a node listens: TCP and UDP on the same port."""
@@ -88,7 +96,7 @@ class PeerRecord:
     ``model`` is the v2 info-hash (32 bytes) of the model torrent. ``held`` are blocks complete on disk, ``resident``
     those that it serves now, ``claimed`` those that it is fetching to serve. ``memory_free`` in bytes; ``block_ms`` is
     its measured time for one layer block and one token, in milliseconds (0: not measured yet). ``sequence`` grows with
-    every change.
+    every change. ``adapters``: bytes of adapters that it takes for sessions (0: it applies none).
     """
 
     node: NodeKey
@@ -103,6 +111,7 @@ class PeerRecord:
     memory_free: int = 0
     block_ms: float = 0.0
     sessions: int = 0
+    adapters: int = 0
 
 
 RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {

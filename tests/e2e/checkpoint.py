@@ -15,7 +15,7 @@ TEMPLATE = (
 )
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path, layers: int = LAYERS) -> Path:
     """Write the checkpoint and return its folder. Every byte is a token, so any text round-trips."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
@@ -30,7 +30,7 @@ def make(folder: Path) -> Path:
         vocab_size=len(alphabet),
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -45,6 +45,17 @@ def make(folder: Path) -> Path:
                 parameter.normal_(0, 0.3)
     model.save_pretrained(folder)
     return folder
+
+
+def fine_tune(folder: Path, target: Path, layers: tuple[int, ...]) -> Path:
+    """Write to ``target`` the checkpoint of ``folder`` with other weights in these layers."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for layer in layers:
+            model.model.layers[layer].mlp.down_proj.weight.mul_(1 + 0.1 * (layer + 1))
+    model.save_pretrained(target)
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(target)
+    return target
 
 
 def greedy(folder: Path, prompt: str, count: int) -> list[int]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torrentlm import config
-from torrentlm.config import NodeConfig, Recipe, Settings, load, merge, parse_size
+from torrentlm.config import AdapterRecipe, NodeConfig, Recipe, Settings, load, merge, parse_size
 from torrentlm.errors import ConfigError
 from torrentlm.records import Endpoint, Span
 
@@ -270,6 +270,33 @@ def test_a_size_is_a_size_or_an_error(value: object):
     assert isinstance(value, str)
 
 
+def test_adapters_belong_to_whatever_model_the_file_names(tmp_path: Path):
+    adapters = '[[adapter]]\nname = "pirate"\nfolder = "lora"\n[[adapter]]\nname = "poet"\nfolder = "/poet"\n'
+    settings = from_toml(f'magnet = "{MAGNET}"\n{adapters}[node]\nadapters = "2MB"', tmp_path)
+    pirate, poet = (AdapterRecipe("pirate", tmp_path / "lora"), AdapterRecipe("poet", Path("/poet")))
+    assert (settings.magnet, settings.adapters, settings.node.adapters) == (MAGNET, (pirate, poet), 2_000_000)
+    assert from_toml(FULL + adapters, tmp_path).adapters == (pirate, poet)
+    assert from_toml(FULL, tmp_path).adapters == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[[adapter]]\nname = "x"', "no folder"),
+        ('[[adapter]]\nfolder = "x"', "no name"),
+        ('[[adapter]]\nname = "x"\nfolder = "x"\nfodler = "x"', 'did you mean "folder"'),
+        ('[adapter]\nname = "x"\nfolder = "x"', "[[adapter]]"),
+        ("[[adapter]]\nname = 3\nfolder = 'x'", "a short text"),
+        ("[node]\nadapters = true", '"off"'),
+        ("[node]\nadapters = 'of'", 'did you mean "off"'),
+    ],
+)
+def test_what_an_adapter_table_cannot_say(text: str, says: str, tmp_path: Path):
+    with pytest.raises(ConfigError) as error:
+        from_toml(f'magnet = "{MAGNET}"\n{text}', tmp_path)
+    assert says in str(error.value)
+
+
 def test_document_and_dataclasses_agree():
     """docs/model-toml.md has one table per TOML table, a row per key, with the default that the code has."""
     assert tuple(config.NODE_KEYS) == tuple(key.name for key in fields(NodeConfig))
@@ -282,6 +309,7 @@ def test_document_and_dataclasses_agree():
     }
     assert set(rows["model"]) == set(config.MODEL_KEYS)
     assert set(rows["model.source"]) == set(config.SOURCE_KEYS)
+    assert set(rows["adapter"]) == set(config.ADAPTER_KEYS) == {key.name for key in fields(AdapterRecipe)}
     assert set(rows["node"]) == set(config.NODE_KEYS)
     for name, default in rows["node"].items():
         if name != "data":

@@ -13,7 +13,14 @@ import click
 
 from torrentlm.cli import text
 from torrentlm.cli.engine import Patience, prepare, waiting
-from torrentlm.cli.options import SAMPLING, client_options, model_argument, sampling_options, settings_of
+from torrentlm.cli.options import (
+    SAMPLING,
+    adapter_option,
+    client_options,
+    model_argument,
+    sampling_options,
+    settings_of,
+)
 from torrentlm.errors import ConfigError, TorrentLMError
 
 if TYPE_CHECKING:
@@ -36,9 +43,10 @@ Ctrl-C stops an answer."""
 @click.command(short_help="Chat with a model.")
 @model_argument
 @click.option("--system", metavar="TEXT", help="System prompt.")
+@adapter_option
 @sampling_options
 @client_options
-def command(model: str, system: str | None, **options: Any) -> None:
+def command(model: str, system: str | None, adapter: str | None, **options: Any) -> None:
     """Chat with MODEL; /help lists what can be typed besides messages."""
     settings = settings_of(model, options, client=True)
     text.checked(system or "", "--system")
@@ -49,7 +57,7 @@ def command(model: str, system: str | None, **options: Any) -> None:
     with waiting("Looking for holders …"):
         connection = connect(model, settings=settings, on_event=Patience())
     with connection as swarm:
-        Conversation(swarm, how, system=system).run()
+        Conversation(swarm, how, system=system, adapter=adapter).run()
 
 
 class Conversation:
@@ -60,11 +68,17 @@ class Conversation:
     """
 
     def __init__(
-        self, model: Model, how: dict[str, Any], *, system: str | None = None, interactive: bool | None = None
+        self,
+        model: Model,
+        how: dict[str, Any],
+        *,
+        system: str | None = None,
+        adapter: str | None = None,
+        interactive: bool | None = None,
     ) -> None:
         self._model = model
         self._how = how
-        self._chat: Chat = model.chat(system=system)
+        self._chat: Chat = model.chat(system=system, adapter=adapter)
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty() if interactive is None else interactive
         self._answered_at = float("-inf")
         self._commands: dict[str, Callable[[str], None]] = {

@@ -10,7 +10,7 @@ import click
 
 from torrentlm.cli import text
 from torrentlm.cli.engine import Patience, prepare, waiting
-from torrentlm.cli.options import client_options, model_argument, settings_of
+from torrentlm.cli.options import adapter_option, client_options, model_argument, settings_of
 
 MAX_INPUT = 16 << 20
 """Bytes read from standard input."""
@@ -26,9 +26,10 @@ SHOWN = 4
     metavar="TEXT",
     help="Repeatable. Without any, each line of standard input is one.",
 )
+@adapter_option
 @client_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; see docs/cli.md.")
-def command(model: str, texts: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def command(model: str, texts: tuple[str, ...], adapter: str | None, as_json: bool, **options: Any) -> None:
     """Embed texts with MODEL, an encoder; longer texts than it takes are cut."""
     settings = settings_of(model, options, client=True)
     wanted = [text.checked(one, "--text") for one in texts]
@@ -42,7 +43,7 @@ def command(model: str, texts: tuple[str, ...], as_json: bool, **options: Any) -
     with waiting("Looking for holders …"):
         connection = connect(model, settings=settings, on_event=Patience())
     with connection as swarm:
-        vectors = swarm.embed(wanted)
+        vectors = swarm.embed(wanted, adapter=adapter)
     if as_json:
         rows = [{"text": one, "embedding": vector.tolist()} for one, vector in zip(wanted, vectors, strict=True)]
         click.echo(json.dumps({"width": vectors.shape[1], "embeddings": rows}))

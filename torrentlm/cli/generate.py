@@ -10,7 +10,14 @@ import click
 
 from torrentlm.cli import text
 from torrentlm.cli.engine import Patience, prepare, waiting
-from torrentlm.cli.options import SAMPLING, client_options, model_argument, sampling_options, settings_of
+from torrentlm.cli.options import (
+    SAMPLING,
+    adapter_option,
+    client_options,
+    model_argument,
+    sampling_options,
+    settings_of,
+)
 from torrentlm.records import MAX_STOP_BYTES, MAX_STOPS
 
 MAX_PROMPT = 4 << 20
@@ -23,11 +30,14 @@ MAX_PROMPT = 4 << 20
     "--prompt", required=True, metavar="TEXT", help='The text to continue, as it is; "-" reads standard input.'
 )
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
+@adapter_option
 @sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
 @client_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end; see docs/cli.md.")
-def command(model: str, prompt: str, chat: bool, stop: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def command(
+    model: str, prompt: str, chat: bool, adapter: str | None, stop: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
     """Continue a prompt with MODEL and print what comes, as it comes."""
     settings = settings_of(model, options, client=True)
     stop = tuple(text.checked(end, "--stop") for end in stop)
@@ -37,7 +47,7 @@ def command(model: str, prompt: str, chat: bool, stop: tuple[str, ...], as_json:
         prompt = text.read(lambda: sys.stdin.read(MAX_PROMPT), "Standard input")
     else:
         prompt = text.checked(prompt, "--prompt")
-    how = {name: options[name] for name in SAMPLING} | {"chat": chat, "stop": stop}
+    how = {name: options[name] for name in SAMPLING} | {"chat": chat, "adapter": adapter, "stop": stop}
     prepare(settings)
     from torrentlm.api import connect
 

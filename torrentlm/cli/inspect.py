@@ -11,29 +11,36 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torrentlm.cli import text
-from torrentlm.cli.engine import prepare, waiting
+from torrentlm.cli.engine import Patience, prepare, waiting
 from torrentlm.cli.options import client_options, settings_of
 from torrentlm.errors import ArtifactError
 
 if TYPE_CHECKING:
     from torrentlm.manifest.canonical import TensorSpec
 
-LEFT_OUT = ("files",)
+LEFT_OUT = ("files", "a_v1", "b_v1")
 """Columns for scripts alone: a block's files are named by their hashes."""
 SHOWN_DIGITS = 10
 _HASH = re.compile("[0-9a-f]{40,}")
 
 
 @click.command(short_help="Show blocks, sizes, hashes, tensors and holders.")
-@click.argument("what", metavar="MODEL|FILE.torrent")
+@click.argument("what", nargs=-1, required=True, metavar="MODEL|FILE.torrent")
+@click.option("--diff", is_flag=True, help="Compare two models, block by block: --diff MODEL MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; see docs/cli.md.")
 @client_options
-def command(what: str, as_json: bool, **options: object) -> None:
+def command(what: tuple[str, ...], diff: bool, as_json: bool, **options: object) -> None:
     """Show what MODEL is made of and which peers hold it, or, without any network, what FILE.torrent contains.
 
-    The table counts the tensors of each block of MODEL, --json lists them.
+    The table counts the tensors of each block of MODEL, --json lists them. With --diff, show which blocks two models
+    share: one file on disk, one copy in memory, one swarm.
     """
-    found = inspect_torrent(Path(what)) if what.endswith(".torrent") else _ask_swarm(what, options)
+    if len(what) != 1 + diff:
+        raise click.UsageError("--diff compares two models." if diff else "One model or torrent at a time, or --diff.")
+    if diff:
+        found = _compare(what, options)
+    else:
+        found = inspect_torrent(Path(what[0])) if what[0].endswith(".torrent") else _ask_swarm(what[0], options)
     if as_json:
         click.echo(json.dumps(found))
     else:
@@ -47,6 +54,15 @@ def _ask_swarm(model: str, options: dict[str, object]) -> dict[str, Any]:
 
     with waiting("Asking the swarm …"), connect(model, settings=settings) as swarm:
         return swarm.inspect()
+
+
+def _compare(models: tuple[str, ...], options: dict[str, object]) -> dict[str, Any]:
+    first, second = (settings_of(model, options, client=True) for model in models)
+    prepare(first)
+    from torrentlm.api import compare
+
+    with waiting("Looking for the models …"):
+        return compare(*models, settings=(first, second), on_event=Patience())
 
 
 def inspect_torrent(path: Path) -> dict[str, Any]:

@@ -32,11 +32,12 @@ def live_view(console: Console | None = None) -> Iterator[Callable[[dict[str, An
     ) as live:
 
         def show(event: dict[str, Any]) -> None:
-            known = view.magnet
+            known = {view.magnet, *view.adapters.values()}
             view.apply(event)
-            if view.magnet and view.magnet != known:
-                # Above the display and in one piece, so that it can be copied.
-                live.console.print(view.magnet, soft_wrap=True, highlight=False, markup=False)
+            for magnet in (view.magnet, *view.adapters.values()):
+                if magnet and magnet not in known:
+                    # Above the display and in one piece, so that it can be copied.
+                    live.console.print(magnet, soft_wrap=True, highlight=False, markup=False)
 
         yield show
 

@@ -46,6 +46,9 @@ _HOLDING: tuple[Decorator, ...] = (
     click.option("--threads", type=int, metavar="N", help="Compute threads. [default: one per core]"),
     click.option("--lease", type=float, metavar="SECONDS", help="How long a silent client's memory is kept."),
     _ALLOW_CODE,
+    click.option(
+        "--adapters", metavar="SIZE", help="Apply adapters of sessions, and keep so much of them. [default: off]"
+    ),
 )
 
 
@@ -90,6 +93,12 @@ def publisher_options(command: F) -> F:
 def publish_options(command: F) -> F:
     """What a publisher lets pass; the same as keys of [model]."""
     return _apply(command, _PUBLISHING)
+
+
+def adapter_option(command: F) -> F:
+    """An adapter for what is generated."""
+    option = click.option("--adapter", metavar="MAGNET", help="Apply this adapter of the model.")
+    return _apply(command, (option,))
 
 
 def sampling_options(command: F) -> F:

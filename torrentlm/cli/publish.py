@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,10 @@ from torrentlm.cli.engine import prepare
 from torrentlm.cli.options import model_argument, publish_options, publisher_options, settings_of
 from torrentlm.config import Recipe, Settings
 from torrentlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torrentlm.publish.published import Published
+    from torrentlm.swarm.store import Store
 
 Event = dict[str, Any]
 
@@ -31,19 +35,45 @@ def command(model: str, as_json: bool, **options: object) -> None:
     A run that was stopped or killed is taken up where it was.
     """
     settings = settings_of(model, options)
-    if settings.recipe is None:
+    if settings.recipe is None and not settings.adapters:
         raise ConfigError("A magnet names what is published already; give torrentlm publish a model.toml.")
     prepare(settings)
     with _view(as_json) as show:
-        done = _publish(settings, settings.recipe, show)
-    click.echo(json.dumps(done) if as_json else done["magnet"])
-    if not as_json and done["left_out"]:
-        click.echo(f"(left out: {text.count(len(done['left_out']), 'tensor')} that no block reads)", err=True)
+        events = _publish(settings, show)
+    for event in events:
+        click.echo(json.dumps(event) if as_json else event["magnet"])
+        if not as_json and event.get("left_out"):
+            click.echo(f"(left out: {text.count(len(event['left_out']), 'tensor')} that no block reads)", err=True)
 
 
-def _publish(settings: Settings, recipe: Recipe, show: Callable[[Event], None]) -> Event:
-    from torrentlm.publish.run import Pace, published_event, run
+def _publish(settings: Settings, show: Callable[[Event], None]) -> list[Event]:
+    """The model's event, if it is published here, and one for each adapter."""
+    from torrentlm.manifest.magnet import Magnet
+    from torrentlm.publish.adapter import adapter_event, publish_adapter
+    from torrentlm.publish.published import stored_manifest
     from torrentlm.swarm.store import Store
+
+    with Store(settings.node.data) as store:
+        if settings.recipe is not None:
+            published, event = _publish_model(settings, settings.recipe, store, show)
+            magnet, manifest, events = published.magnet, published.manifest, [event]
+        else:
+            magnet = Magnet.parse(settings.magnet or "")
+            base = stored_manifest(magnet, store.data)
+            if base is None:
+                raise ConfigError(
+                    f"{store.data} does not have the model that the adapters are for: torrentlm seed with this "
+                    "model.toml fetches it and publishes them"
+                )
+            manifest, events = base, []
+        adapters = (publish_adapter(recipe, magnet, manifest, store) for recipe in settings.adapters)
+        return [*events, *map(adapter_event, adapters)]
+
+
+def _publish_model(
+    settings: Settings, recipe: Recipe, store: Store, show: Callable[[Event], None]
+) -> tuple[Published, Event]:
+    from torrentlm.publish.run import Pace, published_event, run
 
     pace = Pace(time.monotonic)
     begun = False
@@ -55,8 +85,8 @@ def _publish(settings: Settings, recipe: Recipe, show: Callable[[Event], None]) 
             show(event)
 
     try:
-        with Store(settings.node.data) as store:
-            return published_event(run(recipe, store, progress, settings.node.allow_code))
+        published = run(recipe, store, progress, settings.node.allow_code)
+        return published, published_event(published)
     except KeyboardInterrupt:
         if begun:
             click.echo("(stopped; the same command goes on from here)", err=True)

@@ -28,9 +28,13 @@ class SwarmView:
     sessions: int = 0
     waiting: str = ""
     ready: bool = False
+    adapters: dict[str, str] = field(default_factory=dict)
 
     def apply(self, event: dict[str, Any]) -> None:
         kind = event.get("event")
+        if kind == "adapter":
+            self.adapters[str(event.get("name"))] = str(event.get("magnet"))
+            return
         for key in ("name", "magnet", "port", "blocks_total", "sessions", "download", "upload"):
             if key in event:
                 setattr(self, key, event[key])
@@ -65,6 +69,8 @@ class SwarmView:
                 left_out = len(event.get("left_out", ()))
                 aside = f" (left out: {text.count(left_out, 'tensor')} that no block reads)" if left_out else ""
                 return f"Published {self.name}{aside}: {self.magnet}"
+            case "adapter":
+                return f"Published the adapter {event.get('name')}: {event.get('magnet')}"
             case "starting":
                 return f"Listening on port {self.port}"
             case "joined":

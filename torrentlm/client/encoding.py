@@ -22,7 +22,7 @@ BATCH = 32
 
 
 async def encode(
-    client: ModelClient, rows: Sequence[Sequence[int]], filler: int
+    client: ModelClient, rows: Sequence[Sequence[int]], filler: int, adapter: str | None = None
 ) -> tuple[Tensor, tuple[RouteHop, ...]]:
     """The encoder's hidden states, [rows, tokens of the longest, width], and who made them; shorter rows are padded
     behind their end.
@@ -32,11 +32,11 @@ async def encode(
     width = max(map(len, rows))
     pads = tuple(len(row) - width for row in rows)
     padded = [[*row, *[filler] * (width - len(row))] for row in rows]
-    async with client.session(batch=len(rows), max_length=width, pads=pads, side=0) as session:
+    async with client.session(batch=len(rows), max_length=width, pads=pads, side=0, adapter=adapter) as session:
         return await session.step(padded, want=Want.LOGITS_ALL), route_of(session)
 
 
-async def embed(client: ModelClient, texts: Sequence[str], folder: Path) -> Array:
+async def embed(client: ModelClient, texts: Sequence[str], folder: Path, adapter: str | None = None) -> Array:
     """One vector a text, float32 [texts, width], pooled as the files in ``folder`` say.
 
     Raises RefusedError for a model that gives no hidden states or an empty text, ArtifactError, and as ModelClient.open.
@@ -55,7 +55,7 @@ async def embed(client: ModelClient, texts: Sequence[str], folder: Path) -> Arra
     for start in range(0, len(rows), BATCH):
         picked = by_length[start : start + BATCH]
         batch = [rows[row] for row in picked]
-        states = as_float32((await encode(client, batch, filler))[0])
+        states = as_float32((await encode(client, batch, filler, adapter))[0])
         if states.shape[-1] == client.vocabulary:
             raise RefusedError(
                 "this model ends in logits, not in hidden states: publish it with its base class in architectures",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from torrentlm.client.chat import ChatContext, chat_ids
 from torrentlm.client.encoding import encode
 from torrentlm.client.generation import GenerationResult, Options, RouteHop, generate
 from torrentlm.client.route_finder import ROUTE_TIMEOUT_S, Directory, find_route
-from torrentlm.client.session import Links, RemoteSession, open_session
+from torrentlm.client.session import ChosenAdapter, Links, RemoteSession, open_session
 from torrentlm.errors import ArtifactError, HolderLostError, LocalProtocolError, NetworkError, RefusedError
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.records import Stop
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPEN_ATTEMPTS = 3
-ELSEWHERE = ("busy", "memory", "no_block")
+ELSEWHERE = ("busy", "memory", "no_adapter", "no_block")
 """Refusals of one holder that another may not share: the next route avoids it."""
 CHAT_LENGTH = 4096
 """Tokens of a chat's session, if the model allows as many."""
@@ -34,7 +34,7 @@ CHAT_LENGTH = 4096
 
 class ModelClient:
     """``max_length`` is the model's own limit in tokens (None: it has none), ``vocabulary`` the width of its logits;
-    ``stop_tokens`` end every generation."""
+    ``stop_tokens`` end every generation. ``adapters`` finds the adapter that a magnet link names."""
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class ModelClient:
         max_length: int | None,
         vocabulary: int,
         stop_tokens: Sequence[int],
+        adapters: Callable[[str], Awaitable[ChosenAdapter]],
         decoder_start: int | None = None,
         waiting: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -59,6 +60,7 @@ class ModelClient:
         self._decoder_start = decoder_start
         self.vocabulary = vocabulary
         self._stop_tokens = tuple(stop_tokens)
+        self._adapters = adapters
         self._waiting = waiting
 
     async def route(self, timeout: float = ROUTE_TIMEOUT_S) -> tuple[RouteHop, ...]:
@@ -81,16 +83,20 @@ class ModelClient:
         pads: tuple[int, ...] | None = None,
         side: int = -1,
         encoded: tuple[Tensor, ...] = (),
+        adapter: str | None = None,
     ) -> RemoteSession:
         """A session on the best route through one side of the model, by default the one that generates.
 
-        Raises NoHolderError, RefusedError, HolderLostError, NetworkError.
+        ``adapter`` is the magnet link of an adapter to apply. Raises NoHolderError, RefusedError, HolderLostError,
+        NetworkError; ArtifactError for a magnet of something else.
         """
         attempts = OPEN_ATTEMPTS
         side %= len(self.manifest.sides)
         whole = not self.manifest.sides[side].chunks or self.manifest.blocks[-1].rewind == "replay"
+        chosen = None if adapter is None else await self._adapters(adapter)
+        touched = frozenset[int]() if chosen is None else chosen.touched
         while True:
-            hops = await find_route(self._directory, side, waiting=self._waiting)
+            hops = await find_route(self._directory, side, adapted=touched, waiting=self._waiting)
             attempts -= 1
             try:
                 return await open_session(
@@ -105,6 +111,7 @@ class ModelClient:
                     whole=whole,
                     pads=pads,
                     encoded=encoded,
+                    adapter=chosen,
                     blame=self._directory.blame,
                 )
             except RefusedError as error:
@@ -123,9 +130,12 @@ class ModelClient:
         pads: tuple[int, ...] | None = None,
         side: int = -1,
         encoded: tuple[Tensor, ...] = (),
+        adapter: str | None = None,
     ) -> AsyncIterator[RemoteSession]:
         """:meth:`open`, closed on the way out."""
-        session = await self.open(batch=batch, max_length=max_length, pads=pads, side=side, encoded=encoded)
+        session = await self.open(
+            batch=batch, max_length=max_length, pads=pads, side=side, encoded=encoded, adapter=adapter
+        )
         try:
             yield session
         finally:
@@ -136,7 +146,13 @@ class ModelClient:
         return f"the holder at {hop.endpoint} ({blocks})"
 
     async def generate(
-        self, prompt: str, options: Options, *, chat: bool = False, emit: Callable[[str], None] = lambda text: None
+        self,
+        prompt: str,
+        options: Options,
+        *,
+        chat: bool = False,
+        adapter: str | None = None,
+        emit: Callable[[str], None] = lambda text: None,
     ) -> GenerationResult:
         """Continue ``prompt`` as it is, or answer it through the chat template. Raises as :meth:`open`."""
         started = trio.current_time()
@@ -148,7 +164,7 @@ class ModelClient:
             raise RefusedError("the prompt is empty: there is nothing to continue", "bad_request")
         self.require_writer()
         if self.manifest.task == "seq2seq":
-            return await self._translate(ids, options, started, emit)
+            return await self._translate(ids, options, adapter, started, emit)
         length = len(ids) + options.max_new_tokens
         if self.max_length is not None and length > self.max_length:
             raise RefusedError(
@@ -156,7 +172,7 @@ class ModelClient:
                 f"{self.max_length}: shorten the prompt or ask for fewer",
                 "max_length",
             )
-        async with self.session(max_length=length) as session:
+        async with self.session(max_length=length, adapter=adapter) as session:
             return await generate(session, self.tokenizer, ids, self.complete(options), started=started, emit=emit)
 
     @property
@@ -177,7 +193,7 @@ class ModelClient:
             raise RefusedError("this model reads texts and writes none: use torrentlm embed", "bad_request")
 
     async def _translate(
-        self, ids: list[int], options: Options, started: float, emit: Callable[[str], None]
+        self, ids: list[int], options: Options, adapter: str | None, started: float, emit: Callable[[str], None]
     ) -> GenerationResult:
         """Let the encoder read ``ids``, and the decoder write."""
         if self._decoder_start is None:
@@ -188,9 +204,9 @@ class ModelClient:
                 f"{self.max_length} of either",
                 "max_length",
             )
-        states, readers = await encode(self, [ids], 0)
+        states, readers = await encode(self, [ids], 0, adapter)
         encoded = (states, Tensor("BOOL", (1, len(ids)), b"\1" * len(ids)))
-        async with self.session(max_length=options.max_new_tokens + 1, encoded=encoded) as session:
+        async with self.session(max_length=options.max_new_tokens + 1, encoded=encoded, adapter=adapter) as session:
             start = [self._decoder_start]
             complete = self.complete(options)
             written = await generate(session, self.tokenizer, start, complete, started=started, emit=emit)
@@ -201,24 +217,26 @@ class ModelClient:
         stop = Stop(tuple(dict.fromkeys((*options.stop.tokens, *self._stop_tokens))), options.stop.strings)
         return replace(options, stop=stop)
 
-    def chat(self, system: str | None) -> ChatSession:
+    def chat(self, system: str | None, adapter: str | None = None) -> ChatSession:
         """Raises RefusedError for a model that does not continue a text."""
         self.require_writer()
         if self.manifest.task == "seq2seq":
             raise RefusedError("this model has no memory of a chat: use torrentlm generate", "bad_request")
-        return ChatSession(self, ChatContext(self.tokenizer, system), min(CHAT_LENGTH, self.max_length or CHAT_LENGTH))
+        length = min(CHAT_LENGTH, self.max_length or CHAT_LENGTH)
+        return ChatSession(self, ChatContext(self.tokenizer, system), length, adapter)
 
-    def steps(self, batch: int, max_length: int, pads: tuple[int, ...]) -> StepSession:
-        return StepSession(self, batch, max_length, pads)
+    def steps(self, batch: int, max_length: int, pads: tuple[int, ...], adapter: str | None = None) -> StepSession:
+        return StepSession(self, batch, max_length, pads, adapter)
 
 
 class ChatSession:
     """A conversation and its session on the holders, opened when first needed and again after a holder was lost."""
 
-    def __init__(self, client: ModelClient, context: ChatContext, max_length: int) -> None:
+    def __init__(self, client: ModelClient, context: ChatContext, max_length: int, adapter: str | None) -> None:
         self.context = context
         self._client = client
         self._max_length = max_length
+        self._adapter = adapter
         self._session: RemoteSession | None = None
 
     async def ask(self, text: str, options: Options, emit: Callable[[str], None]) -> GenerationResult:
@@ -227,7 +245,7 @@ class ChatSession:
             await self.close()
         if self._session is None:
             self.context.forget_cache()
-            self._session = await self._client.open(max_length=self._max_length)
+            self._session = await self._client.open(max_length=self._max_length, adapter=self._adapter)
         try:
             complete = self._client.complete(options)
             trims = self._client.trims
@@ -247,11 +265,14 @@ class ChatSession:
 class StepSession:
     """Stepping mode: one step at a time, logits back. Opened with the first step."""
 
-    def __init__(self, client: ModelClient, batch: int, max_length: int, pads: tuple[int, ...]) -> None:
+    def __init__(
+        self, client: ModelClient, batch: int, max_length: int, pads: tuple[int, ...], adapter: str | None
+    ) -> None:
         self._client = client
         self._batch = batch
         self._max_length = max_length
         self._pads = pads
+        self._adapter = adapter
         self._session: RemoteSession | None = None
         self._closed = False
         self._running = trio.CancelScope()
@@ -272,7 +293,7 @@ class StepSession:
             with trio.CancelScope() as self._running:
                 if self._session is None:
                     self._session = await self._client.open(
-                        batch=self._batch, max_length=self._max_length, pads=self._pads
+                        batch=self._batch, max_length=self._max_length, pads=self._pads, adapter=self._adapter
                     )
                 return await self._session.step(rows, position=position, want=want, reorder=reorder)
         raise LocalProtocolError("this session is closed: open another")

@@ -24,7 +24,7 @@ from torrentlm.errors import (
     RemoteProtocolError,
     TorrentLMError,
 )
-from torrentlm.records import NodeKey, Sampling, SessionId, Stop
+from torrentlm.records import AdapterId, NodeKey, Sampling, SessionId, Span, Stop
 from torrentlm.route.plan import Hop
 from torrentlm.wire.ids import ids_tensor
 from torrentlm.wire.messages import (
@@ -46,6 +46,8 @@ from torrentlm.wire.messages import (
 from torrentlm.wire.tensors import Tensor, join_tokens
 
 OPEN_TIMEOUT_S = 20.0
+ADAPTER_TIMEOUT_S = 40.0
+"""More, where holders may have to fetch an adapter first; they give up sooner themselves."""
 SILENCE_LIMIT_S = 60.0
 """Longest wait for the next token or output; a dead pipe is noticed much sooner."""
 LEASE_S = 30.0
@@ -58,6 +60,18 @@ LOGIT_BYTES = 4
 FLOATS = ("F16", "BF16", "F32", "F64")
 """Tokens per step of a long prompt: the holders work on different chunks of it at the same time."""
 CLOSE_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenAdapter:
+    """What a session runs with besides the model. ``touched`` are the blocks that it changes."""
+
+    id: AdapterId
+    touched: frozenset[int]
+
+    def needed_by(self, span: Span) -> AdapterId | None:
+        """Its id for a holder of ``span``; None if nothing of it is for these blocks."""
+        return self.id if any(block in self.touched for block in span) else None
 
 
 class Links(Protocol):
@@ -98,6 +112,7 @@ class RemoteSession:
         max_length: int,
         vocabulary: int,
         whole: bool,
+        adapter: ChosenAdapter | None = None,
     ) -> None:
         self.hops = tuple(hops)
         self.batch = batch
@@ -105,6 +120,7 @@ class RemoteSession:
         self.length = 0
         self._vocabulary = vocabulary
         self._chunk = max_length if whole else PREFILL_CHUNK
+        self._adapter = adapter
         self._links = links
         self._labels = tuple(labels)
         self._handles = tuple(SessionId(secrets.token_bytes(16)) for _ in hops)
@@ -146,11 +162,13 @@ class RemoteSession:
             lease_ms=int(LEASE_S * 1000),
             pads=pads,
             source=source,
+            adapter=None if self._adapter is None else self._adapter.needed_by(hop.span),
         )
 
     async def _open(self, model: bytes, pads: tuple[int, ...], encoded: tuple[Tensor, ...]) -> None:
         waiting = dict.fromkeys(self._handles)
-        with trio.move_on_after(OPEN_TIMEOUT_S):
+        limit = OPEN_TIMEOUT_S + (ADAPTER_TIMEOUT_S if self._adapter is not None else 0)
+        with trio.move_on_after(limit):
             for index, hop in enumerate(self.hops):
                 self.culprit = hop.node
                 await self._links.connect(NextHop(hop.node, hop.endpoint.host, hop.endpoint.port, self._handles[index]))
@@ -168,7 +186,7 @@ class RemoteSession:
             self.culprit = None
             return
         label = next(label for hop, label in zip(self.hops, self._labels, strict=True) if hop.node == self.culprit)
-        raise HolderLostError(f"{label} did not open a session within {OPEN_TIMEOUT_S:.0f} s: try again")
+        raise HolderLostError(f"{label} did not open a session within {limit:.0f} s: try again")
 
     async def _next(self) -> Message:
         """The next message of any holder of this session; failures become exceptions."""
@@ -393,6 +411,7 @@ async def open_session(
     whole: bool = False,
     pads: tuple[int, ...] | None = None,
     encoded: tuple[Tensor, ...] = (),
+    adapter: ChosenAdapter | None = None,
     blame: Callable[[NodeKey], None] = lambda node: None,
 ) -> RemoteSession:
     """Open a session on every holder of ``hops``; the caller closes it. ``nursery`` runs its watchers until then.
@@ -402,7 +421,7 @@ async def open_session(
     failed at.
     Raises RefusedError, HolderLostError, NetworkError.
     """
-    session = RemoteSession(links, hops, labels, batch, max_length, vocabulary, whole)
+    session = RemoteSession(links, hops, labels, batch, max_length, vocabulary, whole, adapter)
     try:
         await session._open(model, pads or (0,) * batch, encoded)
     except BaseException as error:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from torrentlm.compute.adapter import Adapter, applied
 from torrentlm.compute.border import (
     ABSENT,
     Border,
@@ -147,12 +148,22 @@ class SpanRunner:
         with self._running, torch.inference_mode():
             cache.reorder(rows)
 
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Raise ArtifactError if ``adapter`` does not fit this model."""
+        adapter.check(self._model)
+
     # Steps
 
     def forward(
-        self, cache: SpanCache, given: torch.Tensor | Border, tokens: int, *, want: int = Want.NONE
+        self,
+        cache: SpanCache,
+        given: torch.Tensor | Border,
+        tokens: int,
+        *,
+        want: int = Want.NONE,
+        adapter: Adapter | None = None,
     ) -> Border | Logits:
-        """Run one step of ``tokens`` >= 0 tokens per row behind those in ``cache``.
+        """Run one step of ``tokens`` >= 0 tokens per row behind those in ``cache``, with ``adapter`` if there is one.
 
         ``given`` are token ids, int [batch, tokens], where the span has the stem, else the border before its first
         layer. Returns the border behind the span, or logits where the span has the head and ``want`` asks for them.
@@ -161,7 +172,7 @@ class SpanRunner:
         """
         point = self._check(cache, given, tokens)
         logits = self.has_head and want in (Want.SAMPLE, Want.LOGITS_LAST, Want.LOGITS_ALL)
-        with self._running, torch.inference_mode():
+        with self._running, torch.inference_mode(), applied(adapter, self._model):
             if tokens == 0:
                 return self._nothing(cache.batch, logits)
             keep = 1

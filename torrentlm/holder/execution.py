@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torrentlm.compute.adapter import Adapter
 from torrentlm.compute.border import Logits, from_wire, to_wire, unpack
 from torrentlm.compute.cache import SpanCache
-from torrentlm.errors import RefusedError
+from torrentlm.errors import ArtifactError, RefusedError
+from torrentlm.holder.adapters import Borrowed
 from torrentlm.holder.head import Emission, HeadRun
 from torrentlm.holder.model import HeldModel
 from torrentlm.records import Span
@@ -36,7 +38,7 @@ class Result:
 class Execution:
     """Raises RefusedError from the constructor if the span or the length cannot be served."""
 
-    def __init__(self, model: HeldModel, opened: Open) -> None:
+    def __init__(self, model: HeldModel, opened: Open, borrowed: Borrowed | None = None) -> None:
         limit = model.max_length
         if limit is not None and opened.max_length > limit:
             raise RefusedError(
@@ -46,6 +48,7 @@ class Execution:
         self.span = span = Span(opened.first, opened.last)
         self._model = model
         self._runner = model.runner(span)
+        self._adapter = None if borrowed is None else self._load(borrowed)
         self._batch = opened.batch
         self._max_length = opened.max_length
         self._pads = opened.pads
@@ -59,6 +62,14 @@ class Execution:
         self._cache: SpanCache
         self._orders: dict[int, Generate] = {}
         self._head_run: HeadRun | None = None
+
+    def _load(self, borrowed: Borrowed) -> Adapter:
+        try:
+            adapter = Adapter(borrowed.files, borrowed.scalings, self._runner.dtype, self._runner.device)
+            self._runner.check_adapter(adapter)
+        except ArtifactError as error:
+            raise RefusedError(str(error), "no_adapter") from error
+        return adapter
 
     def start(self) -> None:
         """Take the room that ``kv_bytes`` announced; nothing large is allocated before. Raises RefusedError."""
@@ -119,7 +130,7 @@ class Execution:
         given = from_wire(step.tensors, ids=runner.has_stem)
         emits = self._emits(step)
         want = Want.LOGITS_LAST if emits else Want.NONE if step.want == Want.SAMPLE else step.want
-        result = runner.forward(self._cache, given, step.tokens, want=want)
+        result = runner.forward(self._cache, given, step.tokens, want=want, adapter=self._adapter)
         if not self.is_head:
             tensors = to_wire(result)
             return Result(output=tensors) if step.want == Want.HIDDEN else Result(border=tensors)

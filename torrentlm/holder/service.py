@@ -15,11 +15,12 @@ import trio
 
 from torrentlm.compute.device import Device
 from torrentlm.errors import NetworkError, RefusedError, RemoteProtocolError
+from torrentlm.holder.adapters import Adapters, Borrowed, NoAdapters
 from torrentlm.holder.execution import Execution, Result
 from torrentlm.holder.failures import explain, failure
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.session import Session
-from torrentlm.records import NodeKey, SessionId
+from torrentlm.records import NodeKey, SessionId, Span
 from torrentlm.wire.messages import (
     Close,
     Encoded,
@@ -67,6 +68,7 @@ class _Live:
     execution: Execution
     kv_bytes: int
     queue: trio.MemorySendChannel[Step]
+    borrowed: Borrowed | None = None
     queued_bytes: int = 0
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     changed: trio.Event = field(default_factory=trio.Event)
@@ -91,6 +93,7 @@ class Holder:
         *,
         kv_budget: int,
         max_lease: float = 600.0,
+        adapters: Adapters | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._node = node
@@ -98,6 +101,7 @@ class Holder:
         self._device = device
         self._kv_budget = kv_budget
         self._max_lease = max_lease
+        self._adapters = adapters or NoAdapters()
         self._changed = changed
         self._models: dict[bytes, HeldModel] = {}
         self._live: dict[SessionId, _Live] = {}
@@ -213,7 +217,19 @@ class Holder:
             raise RefusedError("this peer holds no block of that model", "wrong_model")
         if len(self._live) + len(self._opening) > MAX_SESSIONS:
             raise RefusedError(f"this holder serves {MAX_SESSIONS} sessions already: try again later", "busy")
-        execution = await trio.to_thread.run_sync(Execution, model, message)
+        if message.adapter is None:
+            return await self._admit(client, message, model, None)
+        borrowed = await self._adapters.borrow(model.id, message.adapter, Span(message.first, message.last))
+        live = None
+        try:
+            live = await self._admit(client, message, model, borrowed)
+        finally:
+            if live is None:
+                borrowed.give_back()
+        return live
+
+    async def _admit(self, client: NodeKey, message: Open, model: HeldModel, borrowed: Borrowed | None) -> _Live | None:
+        execution = await trio.to_thread.run_sync(Execution, model, message, borrowed)
         if message.session not in self._opening:
             return None
         if self._nursery is None:
@@ -242,7 +258,7 @@ class Holder:
             epoch=message.epoch,
         )
         queue, steps = trio.open_memory_channel[Step](MAX_QUEUED_STEPS)
-        live = _Live(session, execution, execution.kv_bytes, queue)
+        live = _Live(session, execution, execution.kv_bytes, queue, borrowed)
         self._live[session.id] = live
         self._nursery.start_soon(self._serve, live, steps)
         self._changed()
@@ -375,4 +391,6 @@ class Holder:
         if self._live.pop(live.session.id, None) is not None:
             live.scope.cancel()
             live.queue.close()
+            if live.borrowed is not None:
+                live.borrowed.give_back()
             self._changed()

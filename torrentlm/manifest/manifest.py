@@ -180,17 +180,12 @@ class Manifest:
             }
             for block in self.blocks
         ]
-        files = [
-            {"layout": file.layout, "name": file.name, "size": file.size, "v1": file.v1, "v2": file.v2}
-            for file in self.files
-        ]
-        layouts = [[[spec.name, spec.dtype, list(spec.shape)] for spec in layout.specs] for layout in self.layouts]
         content = {
             "architecture": self.architecture,
             "blocks": blocks,
             "dtype": self.dtype,
-            "files": files,
-            "layouts": layouts,
+            "files": pack_files(self.files),
+            "layouts": pack_layouts(self.layouts),
             "name": self.name,
             "sides": [
                 {"chunks": side.chunks, "encoder": side.encoder, "layer_stack": side.layer_stack, "layers": side.layers}
@@ -214,31 +209,43 @@ class Manifest:
         return manifest
 
 
+def pack_files(files: Iterable[FileEntry]) -> list[dict[str, object]]:
+    """Files as ``read_file`` takes them."""
+    return [
+        {"layout": file.layout, "name": file.name, "size": file.size, "v1": file.v1, "v2": file.v2} for file in files
+    ]
+
+
+def pack_layouts(layouts: Iterable[Layout]) -> list[list[list[object]]]:
+    """Layouts as ``read_layouts`` takes them."""
+    return [[[spec.name, spec.dtype, list(spec.shape)] for spec in layout.specs] for layout in layouts]
+
+
 def _read(data: bytes) -> Manifest:
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has {len(data)} bytes")
     content = msgpack.unpackb(data, max_str_len=4 * MAX_TEXT, max_bin_len=32, max_array_len=MAX_TENSORS, max_map_len=16)
     if isinstance(content, dict) and content.get("version") != VERSION:
         raise ValueError(f"it is of version {content.get('version')!r:.20}, this torrentlm reads version {VERSION}")
-    fields = _Fields(content, "architecture blocks dtype files layouts name sides version")
+    fields = Fields(content, "architecture blocks dtype files layouts name sides version")
     return Manifest(
         name=fields.text("name"),
         architecture=fields.text("architecture"),
         dtype=fields.text("dtype"),
         sides=tuple(_read_side(item) for item in fields.items("sides", 2)),
         blocks=tuple(_read_block(item) for item in fields.items("blocks", MAX_BLOCKS)),
-        files=tuple(_read_file(item) for item in fields.items("files", MAX_FILES)),
-        layouts=tuple(_read_layouts(fields.items("layouts", MAX_FILES))),
+        files=tuple(read_file(item) for item in fields.items("files", MAX_FILES)),
+        layouts=tuple(read_layouts(fields.items("layouts", MAX_FILES))),
     )
 
 
 def _read_side(item: object) -> Side:
-    fields = _Fields(item, "chunks encoder layer_stack layers")
+    fields = Fields(item, "chunks encoder layer_stack layers")
     return Side(fields.text("layer_stack"), fields.number("layers"), fields.flag("chunks"), fields.flag("encoder"))
 
 
 def _read_block(item: object) -> BlockEntry:
-    fields = _Fields(item, "files kind layers rewind")
+    fields = Fields(item, "files kind layers rewind")
     kind, layers, rewind = fields.text("kind"), fields.value("layers"), fields.text("rewind")
     if kind not in get_args(Kind):
         raise ValueError(f"there is no kind of block {kind!r}")
@@ -246,17 +253,17 @@ def _read_block(item: object) -> BlockEntry:
         raise ValueError(f"there is no way to rewind called {rewind!r}")
     files = []
     for entry in fields.items("files", MAX_FILES):
-        used = _Fields(entry, "file names")
-        names = [_exactly(pair, str, str) for pair in used.items("names", MAX_FILES)]
+        used = Fields(entry, "file names")
+        names = [exactly(pair, str, str) for pair in used.items("names", MAX_FILES)]
         if any(len(prefix) > MAX_TEXT for pair in names for prefix in pair):
             raise ValueError("a prefix of tensors' names is too long")
         files.append(BlockFile(used.number("file"), tuple((first, second) for first, second in names)))
-    span = None if layers is None else Span(*_exactly(layers, int, int))
+    span = None if layers is None else Span(*exactly(layers, int, int))
     return BlockEntry(cast(Kind, kind), span, tuple(files), cast(Rewind, rewind))
 
 
-def _read_file(item: object) -> FileEntry:
-    fields = _Fields(item, "layout name size v1 v2")
+def read_file(item: object) -> FileEntry:
+    fields = Fields(item, "layout name size v1 v2")
     return FileEntry(
         fields.text("name"),
         fields.number("size"),
@@ -266,7 +273,7 @@ def _read_file(item: object) -> FileEntry:
     )
 
 
-def _read_layouts(items: list[Any]) -> Iterator[Layout]:
+def read_layouts(items: list[Any]) -> Iterator[Layout]:
     if not all(isinstance(item, list) for item in items):
         raise TypeError("a layout is not a list of tensors")
     if sum(map(len, items)) > MAX_TENSORS:
@@ -280,7 +287,7 @@ def _read_layouts(items: list[Any]) -> Iterator[Layout]:
 
 
 def _read_tensor(item: object) -> TensorSpec:
-    name, dtype, shape = _exactly(item, str, str, list)
+    name, dtype, shape = exactly(item, str, str, list)
     if not 1 <= len(name) <= MAX_TEXT:
         raise ValueError("a tensor's name is empty or too long")
     if dtype not in DTYPE_BYTES:
@@ -299,10 +306,7 @@ def _check(manifest: Manifest) -> None:
     for side in manifest.sides:
         if not all(part.isidentifier() or part.isdigit() for part in re.split(r"[.+]", side.layer_stack)):
             raise ValueError("its layer stack is not a path in a module tree")
-    if not all(re.fullmatch(r"[0-9a-f]{64}\.safetensors", file.name) for file in manifest.files):
-        raise ValueError("a file is not named by its content's hash")
-    if len({file.name for file in manifest.files}) != len(manifest.files):
-        raise ValueError("a file is listed twice")
+    check_file_names(manifest.files)
     kinds = "".join(block.kind[0] for block in manifest.blocks)
     if not re.fullmatch(f"(sl+h){{{max(1, len(manifest.sides))}}}", kinds):
         raise ValueError("its blocks are not a stem, layers and a head for each side")
@@ -313,7 +317,7 @@ def _check(manifest: Manifest) -> None:
     used = [used.file for block in manifest.blocks for used in block.files]
     if set(used) != set(range(len(manifest.files))):
         raise ValueError("its blocks and its list of files disagree")
-    _check_layouts(manifest)
+    check_layouts(manifest.files, manifest.layouts)
     _check_names(manifest)
 
 
@@ -323,11 +327,19 @@ def _check_encoding(manifest: Manifest, data: bytes) -> None:
         raise ValueError("it is not written in the one canonical way")
 
 
-def _check_layouts(manifest: Manifest) -> None:
+def check_file_names(files: Sequence[FileEntry]) -> None:
+    """Each file is there once, and its name is one of a content, which no path can be made of."""
+    if not all(re.fullmatch(r"[0-9a-f]{64}\.safetensors", file.name) for file in files):
+        raise ValueError("a file is not named by its content's hash")
+    if len({file.name for file in files}) != len(files):
+        raise ValueError("a file is listed twice")
+
+
+def check_layouts(files: Sequence[FileEntry], layouts: Sequence[Layout]) -> None:
     """Each layout is there once, in the order in which the files first use them, and makes files of the right size."""
-    sizes = [layout.size for layout in manifest.layouts]
+    sizes = [layout.size for layout in layouts]
     due = 0
-    for file in manifest.files:
+    for file in files:
         if file.layout >= len(sizes):
             raise ValueError(f"a file has layout {file.layout}, and there are {len(sizes)}")
         if file.layout > due:
@@ -337,7 +349,7 @@ def _check_layouts(manifest: Manifest) -> None:
         due = max(due, file.layout + 1)
     if due < len(sizes):
         raise ValueError(f"no file has layout {due}")
-    if len({layout.header for layout in manifest.layouts}) != len(sizes):
+    if len({layout.header for layout in layouts}) != len(sizes):
         raise ValueError("a layout is listed twice")
 
 
@@ -366,7 +378,7 @@ def _layers_covered(blocks: Sequence[BlockEntry]) -> int:
     return due
 
 
-class _Fields:
+class Fields:
     """Typed access to one decoded map that must have exactly the given keys."""
 
     def __init__(self, item: object, keys: str) -> None:
@@ -411,7 +423,7 @@ class _Fields:
         return value
 
 
-def _exactly(value: object, *kinds: type) -> list[Any]:
+def exactly(value: object, *kinds: type) -> list[Any]:
     if not isinstance(value, list) or [type(item) for item in value] != list(kinds):
         raise TypeError("an entry of a list is malformed")
     return value

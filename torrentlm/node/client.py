@@ -13,6 +13,7 @@ import trio
 from torrentlm.client.encoding import embed
 from torrentlm.client.model import ModelClient
 from torrentlm.client.pooling import Array
+from torrentlm.client.session import ChosenAdapter
 from torrentlm.compute.tokenizer import (
     context_length,
     decoder_start,
@@ -22,14 +23,16 @@ from torrentlm.compute.tokenizer import (
     vocabulary_size,
 )
 from torrentlm.config import Settings
-from torrentlm.errors import ConfigError, FolderInUseError, StorageError
+from torrentlm.errors import ArtifactError, ConfigError, FolderInUseError, StorageError
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.describe import describe_model, describe_network
 from torrentlm.node.membership import Membership
 from torrentlm.node.node import Node, open_node
 from torrentlm.node.parts import Say
 from torrentlm.publish.published import magnet_of
+from torrentlm.records import AdapterId
 from torrentlm.structured import single_error
+from torrentlm.swarm.discovery import Source
 from torrentlm.swarm.store import Store, read_endpoint
 
 JOIN_TIMEOUT_S = 30.0
@@ -44,9 +47,9 @@ class SwarmClient:
     node: Node
     membership: Membership
 
-    async def embed(self, texts: Sequence[str]) -> Array:
+    async def embed(self, texts: Sequence[str], adapter: str | None = None) -> Array:
         """See client.encoding.embed."""
-        return await embed(self.model, texts, self.membership.folder)
+        return await embed(self.model, texts, self.membership.folder, adapter)
 
     async def stats(self) -> dict[str, Any]:
         return describe_network(self.node, self.membership)
@@ -61,11 +64,11 @@ async def open_client(settings: Settings, say: Say = lambda event: None) -> Asyn
 
     Raises ConfigError, ArtifactError, NetworkError, StorageError.
     """
-    magnet = await trio.to_thread.run_sync(_magnet_of, settings)
+    magnet = await trio.to_thread.run_sync(magnet_of_settings, settings)
     beside = read_endpoint(settings.node.data)
     config = replace(settings.node, peers=(*settings.node.peers, *([beside] if beside else [])))
     with single_error():
-        async with open_node(config, say, _first_free_store) as node, trio.open_nursery() as nursery:
+        async with open_node(config, say, first_free_store) as node, trio.open_nursery() as nursery:
             membership = await node.join(magnet, timeout=JOIN_TIMEOUT_S)
             tokenizer, ends, limit, vocabulary, start = await trio.to_thread.run_sync(_text_side, membership.folder)
             model = ModelClient(
@@ -78,13 +81,35 @@ async def open_client(settings: Settings, say: Say = lambda event: None) -> Asyn
                 vocabulary=vocabulary,
                 stop_tokens=ends,
                 decoder_start=start,
+                adapters=_Adapters(node, membership).find,
                 waiting=lambda sentence: say({"event": "waiting", "why": sentence}),
             )
             yield SwarmClient(model, node, membership)
             nursery.cancel_scope.cancel()
 
 
-def _magnet_of(settings: Settings) -> Magnet:
+class _Adapters:
+    """The adapters that this client's sessions name, each looked up once."""
+
+    def __init__(self, node: Node, membership: Membership) -> None:
+        self._node = node
+        self._membership = membership
+        self._found: dict[Magnet, ChosenAdapter] = {}
+
+    async def find(self, link: str) -> ChosenAdapter:
+        """Raises ArtifactError for a wrong magnet, NetworkError where nobody has it."""
+        magnet = Magnet.parse(link)
+        if magnet not in self._found:
+            if magnet.v1 is None or magnet.v2 is None:
+                raise ArtifactError("the adapter's magnet has only one of its two hashes: copy the whole link")
+            self._membership.peers.learn(magnet.peers, Source.MAGNET)
+            adapter = AdapterId(magnet.v1, magnet.v2)
+            manifest = await self._node.adapters.manifest(self._membership, adapter)
+            self._found[magnet] = ChosenAdapter(adapter, manifest.touched)
+        return self._found[magnet]
+
+
+def magnet_of_settings(settings: Settings) -> Magnet:
     """The model's magnet: given, or what the node of this machine published from the recipe."""
     if settings.recipe is None:
         return Magnet.parse(settings.magnet or "")
@@ -94,7 +119,7 @@ def _magnet_of(settings: Settings) -> Magnet:
     return magnet
 
 
-def _first_free_store(data: Path) -> Store:
+def first_free_store(data: Path) -> Store:
     """A folder below ``data`` that no other client uses: a node and several clients may share ``data`` itself."""
     for number in range(MAX_CLIENTS):
         with suppress(FolderInUseError):

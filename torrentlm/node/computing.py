@@ -12,6 +12,7 @@ import trio
 
 from torrentlm.compute.device import Device
 from torrentlm.config import NodeConfig
+from torrentlm.holder.adapters import Adapters
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.service import Holder, Outbox
 from torrentlm.node.membership import Membership
@@ -24,10 +25,18 @@ MAX_DEVICE_NAME = 40
 class Computing:
     """One device and the holder that uses it. ``changed`` is called whenever a session opens or ends."""
 
-    def __init__(self, key: NodeKey, config: NodeConfig, outbox: Outbox, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, key: NodeKey, config: NodeConfig, outbox: Outbox, changed: Callable[[], None], adapters: Adapters
+    ) -> None:
         self.device = Device(threads=config.threads)
         self.holder = Holder(
-            key, outbox, self.device, kv_budget=kv_budget(config), max_lease=config.lease, changed=changed
+            key,
+            outbox,
+            self.device,
+            kv_budget=kv_budget(config),
+            max_lease=config.lease,
+            adapters=adapters if config.adapters else None,
+            changed=changed,
         )
         self._config = config
 
@@ -52,5 +61,9 @@ class Computing:
         gc.freeze()
         self.holder.hold(model)
         membership.peers.publish(
-            resident=(span,), claimed=(), precision=model.precision, device=self.device.name[:MAX_DEVICE_NAME]
+            resident=(span,),
+            claimed=(),
+            precision=model.precision,
+            device=self.device.name[:MAX_DEVICE_NAME],
+            adapters=self._config.adapters,
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 import trio
 
 from torrentlm.errors import ArtifactError, ConfigError, NetworkError, StorageError
+from torrentlm.manifest.adapter import FILE_NAME as ADAPTER_FILE_NAME
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import FILE_NAME, Manifest
 from torrentlm.node.fetch import BlockFiles, say_waiting
@@ -108,6 +109,10 @@ class Membership:
         try:
             self.manifest = Manifest.from_bytes((self.folder / FILE_NAME).read_bytes())
         except OSError as error:
+            if (self.folder / ADAPTER_FILE_NAME).exists():
+                raise ArtifactError(
+                    "this magnet is an adapter's: name the model that it is for, and give this one to --adapter"
+                ) from error
             raise ArtifactError("this magnet's torrent has no manifest: it is not a torrentlm model") from error
         self.files = BlockFiles(self._parts, self.peers, self.manifest, self.folder)
         self.files.seed_what_is_here()

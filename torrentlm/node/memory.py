@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from torrentlm.config import NodeConfig
+from torrentlm.manifest.adapter import AdapterManifest
 from torrentlm.manifest.canonical import DTYPE_BYTES, FLOATING, TensorSpec
 from torrentlm.manifest.manifest import Manifest
 
@@ -43,7 +44,7 @@ def computing_dtype(manifest: Manifest, config: NodeConfig) -> str:
     return manifest.dtype if config.precision == "auto" else config.precision
 
 
-def weights_bytes(manifest: Manifest, dtype: str) -> dict[str, int]:
+def weights_bytes(manifest: Manifest | AdapterManifest, dtype: str) -> dict[str, int]:
     """What each file takes in memory when ``dtype`` is computed in, in bytes, by the file's name.
 
     Weights that need no conversion are mapped, not copied. They count all the same: every step reads all of them, so

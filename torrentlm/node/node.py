@@ -23,6 +23,7 @@ from torrentlm.errors import NetworkError, RemoteProtocolError
 from torrentlm.gateway.gateway import Gateway
 from torrentlm.gateway.pipe import Pipe
 from torrentlm.manifest.magnet import Magnet
+from torrentlm.node.adapters import NodeAdapters
 from torrentlm.node.membership import Membership
 from torrentlm.node.parts import Parts, Say
 from torrentlm.node.services import open_services
@@ -46,6 +47,7 @@ class Node:
         self.parts = parts
         self.key: NodeKey = parts.key
         self.memberships: dict[bytes, Membership] = {}
+        self.adapters = NodeAdapters(parts, self.memberships)
         self._nursery = nursery
         self._computing: Computing | None = None
         self._listeners: dict[tuple[SessionId, NodeKey], trio.MemorySendChannel[Message]] = {}
@@ -82,7 +84,7 @@ class Node:
         """The computing part, started when first needed."""
         if self._computing is None:
             make = await trio.to_thread.run_sync(_import_computing)
-            self._computing = make(self.key, self.parts.config, self, self._sessions_changed)
+            self._computing = make(self.key, self.parts.config, self, self._sessions_changed, self.adapters)
             await self._nursery.start(self._computing.holder.run)
         return self._computing
 

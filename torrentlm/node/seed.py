@@ -11,11 +11,12 @@ from typing import Any
 
 import trio
 
-from torrentlm.config import Recipe, Settings
+from torrentlm.config import AdapterRecipe, Recipe, Settings
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.membership import Membership
 from torrentlm.node.node import Node, open_node
 from torrentlm.node.parts import Say
+from torrentlm.publish.adapter import adapter_event, publish_adapter
 from torrentlm.publish.run import Pace, published_event, run
 from torrentlm.records import Endpoint
 
@@ -35,6 +36,8 @@ async def seed(settings: Settings, say: Say) -> None:
             say({"event": "starting", "name": magnet.name, "magnet": str(magnet), "port": node.endpoint.port})
             membership = await node.join(magnet, timeout=float("inf"))
             say({"event": "joined", "name": membership.manifest.name, "blocks_total": len(membership.manifest.blocks)})
+            for adapter in settings.adapters:
+                await _publish_adapter(node, membership, adapter, say)
             await node.hold(membership)
             say(_ready(node, membership))
             await _watch(node, membership, say)
@@ -59,6 +62,14 @@ async def _publish(node: Node, recipe: Recipe, say: Say) -> Magnet:
     published = await trio.to_thread.run_sync(run, recipe, node.parts.store, progress, node.parts.config.allow_code)
     say(published_event(published))
     return published.magnet
+
+
+async def _publish_adapter(node: Node, membership: Membership, recipe: AdapterRecipe, say: Say) -> None:
+    published = await trio.to_thread.run_sync(
+        publish_adapter, recipe, membership.magnet, membership.manifest, node.parts.store
+    )
+    node.adapters.share(published)
+    say(adapter_event(published))
 
 
 def _ready(node: Node, membership: Membership) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torrentlm.config import Recipe
 from torrentlm.errors import ArtifactError
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import FILE_NAME, Manifest
-from torrentlm.manifest.torrent import Torrent, multi_file
+from torrentlm.manifest.torrent import Torrent, multi_file, pieces_root
 from torrentlm.publish.source import Location, locate, unreadable
 from torrentlm.swarm.store import Store
 
@@ -91,6 +91,24 @@ def magnet_of(recipe: Recipe, data: Path) -> Magnet | None:
         return None
     torrent = Torrent.from_bytes(encoded)
     return Magnet(torrent.v1, torrent.v2, torrent.name)
+
+
+def stored_manifest(magnet: Magnet, data: Path) -> Manifest | None:
+    """The manifest of a model whose model torrent this data folder has; None where it does not, or not intact.
+
+    Only reads, as ``magnet_of`` does.
+    """
+    if magnet.v2 is None:
+        return None
+    try:
+        torrent = Torrent.from_bytes((data / "torrents" / f"{magnet.v2.hex()}.torrent").read_bytes())
+        path = data / "models" / magnet.v2.hex() / torrent.name / FILE_NAME
+        roots = {file.path: file.root for file in torrent.files}
+        if torrent.v2 != magnet.v2 or pieces_root(path) != roots.get((FILE_NAME,)):
+            return None
+        return Manifest.from_bytes(path.read_bytes())
+    except (OSError, ArtifactError):
+        return None
 
 
 def recall(record: Path, store: Store) -> Published | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torrentlm.records import Endpoint, NodeKey, Span
@@ -39,9 +40,11 @@ def _costs(candidate: Candidate) -> tuple[float, float]:
     return rtt / 2 + SUSPECT_PENALTY_S * candidate.suspect, block * (1 + candidate.sessions)
 
 
-def plan_route(snapshot: Snapshot, blocks: Span) -> tuple[Hop, ...] | Missing:
+def plan_route(snapshot: Snapshot, blocks: Span, adapted: Collection[int] = ()) -> tuple[Hop, ...] | Missing:
     """The route through ``blocks`` with the lowest expected seconds per token, or the first block that keeps it from
     existing.
+
+    ``adapted`` are the blocks that the session's adapter changes: only holders that apply adapters come in for them.
 
     A shortest path over (block, holder) states: staying with a holder costs its time per block, changing to one costs
     half its round trip more. Changing is always from the cheapest state of the block before, so the work is blocks ×
@@ -55,7 +58,7 @@ def plan_route(snapshot: Snapshot, blocks: Span) -> tuple[Hop, ...] | Missing:
         before = best[-1] if best else None
         cheapest = min(before, key=lambda i: (before[i][0], i)) if before else None
         for index, candidate in enumerate(candidates):
-            if not _serves(candidate, block):
+            if not _serves(candidate, block) or (block in adapted and not candidate.adapters):
                 continue
             enter, run = entry[index]
             if before is None or cheapest is None:

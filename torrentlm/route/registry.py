@@ -31,7 +31,10 @@ class _Peer:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One peer as a route sees it. ``rtt_s`` in seconds (None: not measured), ``block_s`` per layer block and token."""
+    """One peer as a route sees it. ``rtt_s`` in seconds (None: not measured), ``block_s`` per layer block and token.
+
+    ``adapters``: bytes of adapters that it takes for sessions.
+    """
 
     node: NodeKey
     endpoint: Endpoint
@@ -41,6 +44,7 @@ class Candidate:
     rtt_s: float | None = None
     block_s: float | None = None
     sessions: int = 0
+    adapters: int = 0
     suspect: bool = False
 
     @property
@@ -137,6 +141,7 @@ class Registry:
                 rtt_s=peer.rtt_s,
                 block_s=peer.record.block_ms / 1000 or None,
                 sessions=peer.record.sessions,
+                adapters=peer.record.adapters,
                 suspect=peer.failed_at is not None and now - peer.failed_at < FAILURE_MEMORY_S,
             )
             for node, peer in sorted(self._peers.items())

@@ -94,11 +94,14 @@ class Swarm:
     def transfers(self) -> tuple[Transfer, ...]:
         return tuple(dict.fromkeys(self._transfers.values()))
 
-    def add_torrent(self, torrent: bytes | Magnet, folder: Path, *, verified: bool = False) -> Transfer:
+    def add_torrent(
+        self, torrent: bytes | Magnet, folder: Path, *, verified: bool = False, limit: int | None = None
+    ) -> Transfer:
         """Start a torrent whose content lies, or shall lie, in ``folder``; the one already there if it runs.
 
         ``verified``: the content is known to be good and is seeded without a check; otherwise what is on disk is hashed
-        first. Raises ArtifactError for a damaged torrent file.
+        first. A magnet whose torrent turns out to have more than ``limit`` bytes fails instead of being fetched.
+        Raises ArtifactError for a damaged torrent file.
         """
         params = _params_of_magnet(torrent) if isinstance(torrent, Magnet) else _params_of_file(torrent)
         hashes = params.ti.info_hashes() if params.ti else params.info_hashes
@@ -111,7 +114,7 @@ class Swarm:
             handle = self._session.add_torrent(params)
         except RuntimeError as error:
             raise ArtifactError(f"this torrent cannot be started ({error})") from error
-        transfer = Transfer(handle, self._pump, folder, self)
+        transfer = Transfer(handle, self._pump, folder, self, limit)
         self.renamed(transfer)
         return transfer
 

@@ -7,8 +7,9 @@
     <data>/peers.json        endpoints that answered last time
     <data>/endpoint          where the node that has or last had the folder listens
     <data>/blocks/           <pieces root>.safetensors, one per file, shared by all models
-    <data>/models/<v2 hex>/  a model torrent's content
-    <data>/torrents/         <v2 hex>.torrent of models
+    <data>/models/<v2 hex>/  the content of a model's torrent, or of a published adapter's
+    <data>/torrents/         <v2 hex>.torrent of these
+    <data>/adapters/         adapters that sessions brought along, while the node runs (node/adapters.py)
 
 A block file counts as here only while its verified record matches what is on disk: fetched in part, cut short or
 touched since, it is checked again before it is served or loaded.

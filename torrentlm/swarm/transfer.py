@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import libtorrent as lt
 import trio
 
-from torrentlm.errors import NetworkError, TorrentLMError
+from torrentlm.errors import ArtifactError, NetworkError, TorrentLMError
 from torrentlm.records import Endpoint, InfoHash
 from torrentlm.swarm.addresses import is_address
 from torrentlm.swarm.alerts import Alert, AlertPump, torrent_key, translate
@@ -57,13 +57,14 @@ class Transfer:
     ``error`` is set once something stopped it (disk full, file gone).
     """
 
-    def __init__(self, handle: Any, pump: AlertPump, folder: Path, owner: Owner) -> None:
+    def __init__(self, handle: Any, pump: AlertPump, folder: Path, owner: Owner, limit: int | None = None) -> None:
         self.folder = folder
         self.error: TorrentLMError | None = None
         self.progress = Progress()
         self.handle = handle
         self._pump = pump
         self._owner = owner
+        self._limit = limit
         self._dialled: set[Endpoint] = set()
         self._read_identity()
         self._finished = False
@@ -179,11 +180,20 @@ class Transfer:
             case lt.metadata_received_alert():
                 self._read_identity()
                 self._owner.renamed(self)
+                self._refuse_too_large()
             case lt.file_error_alert():
                 self._fail(translate(alert.error, Path(self.folder, alert.filename()), self.name))
             case lt.torrent_error_alert() | lt.metadata_failed_alert():
                 self._fail(translate(alert.error, self.folder, self.name))
         self._notify()
+
+    def _refuse_too_large(self) -> None:
+        size = self._torrent_info().total_size()
+        if self._limit is not None and size > self._limit:
+            self.handle.pause()
+            self._fail(
+                ArtifactError(f"{self.name} has {size:,} bytes, where {self._limit:,} are the most: not fetched")
+            )
 
     def _fail(self, error: TorrentLMError) -> None:
         self._finished = self._flushed = False

@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Annotated
 
 from torrentlm.errors import RemoteProtocolError
-from torrentlm.records import Endpoint, NodeKey, PeerRecord, Sampling, SessionId, Span, Stop
+from torrentlm.records import AdapterId, Endpoint, NodeKey, PeerRecord, Sampling, SessionId, Span, Stop
 from torrentlm.wire.codec import EncodedMessage, Schema
 from torrentlm.wire.kinds import (
     Array,
@@ -39,6 +39,7 @@ FAIL_CODES = (
     "lost_next",
     "max_length",
     "memory",
+    "no_adapter",
     "no_block",
     "unknown_session",
     "wrong_model",
@@ -65,7 +66,9 @@ _record = Struct(
     memory_free=_u63,
     block_ms=Float(0, 1e6),
     sessions=_block,
+    adapters=_u63,
 )
+_adapter = Struct(AdapterId, v1=Bytes(20), v2=Bytes(32))
 _sampling = Struct(
     Sampling,
     temperature=Float(0, 1e3),
@@ -144,6 +147,7 @@ class Open:
     client). ``next`` of the head's holder is the stem's holder, which it feeds with sampled tokens. ``pads``: padding per
     row of the batch, before the text or, where negative, behind it; empty for none. ``source``: tokens per row that
     an encoder has read, for blocks of a decoder that is to be told of them by ``Encoded``.
+    ``adapter``: apply what it has for these blocks, in this session only.
     """
 
     session: Session
@@ -158,6 +162,7 @@ class Open:
     lease_ms: Annotated[int, Int(1, 86_400_000)]
     pads: Annotated[tuple[int, ...], Array(Int(-MAX_TOKENS, MAX_TOKENS), MAX_BATCH)] = ()
     source: Position = 0
+    adapter: Annotated[AdapterId | None, Optional(_adapter)] = None
 
     def __post_init__(self) -> None:
         if self.first > self.last:

@@ -80,7 +80,7 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.calls.append("model closed")
 
-    def chat(self, *, system: str | None = None) -> Chat:
+    def chat(self, *, system: str | None = None, adapter: str | None = None) -> Chat:
         return Chat(self, system)
 
     def generate(self, prompt: str, *, stream: bool = False, **how: Any) -> Any:

@@ -48,6 +48,7 @@ def test_generate_streams_text_alone(models, monkeypatch, capsys):
 def test_generate_hands_over_every_option(models, monkeypatch, capsys):
     options = (
         "--temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --seed 7 --stop A --stop B --chat"
+        " --adapter magnet:?x"
     )
     assert run("generate", MAGNET, "--prompt", "-", *options.split(), stdin="from a pipe", monkeypatch=monkeypatch) == 0
     assert models[0].calls[0] == (
@@ -56,6 +57,7 @@ def test_generate_hands_over_every_option(models, monkeypatch, capsys):
         {
             "max_new_tokens": 256, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1,
             "repetition_penalty": 1.1, "seed": 7, "stop": ("A", "B"), "chat": True,
+            "adapter": "magnet:?x",
         },
     )  # fmt: skip
 

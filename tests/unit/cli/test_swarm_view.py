@@ -116,3 +116,16 @@ def test_sizes_as_text(number: float, said: str):
 
 def test_blocks_as_text():
     assert [text.blocks(blocks) for blocks in ([], [3], [2, 1, 0, 7])] == ["no blocks", "block 3", "blocks 0-2, 7"]
+
+
+def test_an_adapter_is_told_and_leaves_the_models_name_alone() -> None:
+    view = SwarmView()
+    for event in EVENTS:
+        view.apply(event)
+    said = view.line_for({"event": "adapter", "name": "pirate", "magnet": "magnet:?xt=9", "blocks": [1]})
+    assert said == "Published the adapter pirate: magnet:?xt=9"
+    assert (view.name, view.magnet, view.adapters) == ("Tiny", "magnet:?xt=1", {"pirate": "magnet:?xt=9"})
+    console = Console(file=io.StringIO(), width=60)
+    with live_view(console) as show:
+        show({"event": "adapter", "name": "pirate", "magnet": "magnet:?xt=9", "blocks": [1]})
+    assert "magnet:?xt=9" in console.file.getvalue()

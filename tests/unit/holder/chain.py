@@ -14,10 +14,11 @@ import torch
 import trio
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from torrentlm.client.session import RemoteSession, open_session
+from torrentlm.client.session import ChosenAdapter, RemoteSession, open_session
 from torrentlm.compute.device import Device
 from torrentlm.config import Recipe
 from torrentlm.errors import NetworkError
+from torrentlm.holder.adapters import Adapters
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.service import Holder
 from torrentlm.publish.publish import publish
@@ -131,6 +132,7 @@ async def open_chain(
     *,
     kv_budget: int = 1 << 24,
     allow_code: tuple[str, ...] = (),
+    adapters: Adapters | None = None,
 ) -> AsyncIterator[Chain]:
     """A holder for each span, in order; equal positions of two calls have equal keys."""
     chain = Chain()
@@ -138,7 +140,7 @@ async def open_chain(
     async with trio.open_nursery() as nursery:
         for index, span in enumerate(spans):
             node = NodeKey(bytes([index + 1]) * 32)
-            holder = Holder(node, chain.outbox(node), device, kv_budget=kv_budget)
+            holder = Holder(node, chain.outbox(node), device, kv_budget=kv_budget, adapters=adapters)
             holder.hold(
                 HeldModel(
                     published.magnet.v2 or b"",
@@ -159,7 +161,13 @@ async def open_chain(
 
 @asynccontextmanager
 async def session_on(
-    chain: Chain, model: bytes, *, batch: int = 1, max_length: int = 128, pads: tuple[int, ...] | None = None
+    chain: Chain,
+    model: bytes,
+    *,
+    batch: int = 1,
+    max_length: int = 128,
+    pads: tuple[int, ...] | None = None,
+    adapter: ChosenAdapter | None = None,
 ) -> AsyncIterator[RemoteSession]:
     """A client's session through all of the chain."""
     with single_error():
@@ -175,6 +183,7 @@ async def session_on(
                 max_length=max_length,
                 vocabulary=VOCABULARY,
                 pads=pads,
+                adapter=adapter,
             )
             try:
                 yield session

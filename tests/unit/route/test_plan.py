@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 from hypothesis import given
@@ -88,3 +89,18 @@ def test_a_suspect_is_the_last_choice():
 def test_the_first_missing_block_is_named():
     assert plan_route(snapshot(candidate(1, Span(0, 1)), candidate(2, Span(4, 4))), BLOCKS) == Missing(2)
     assert plan_route(snapshot(), BLOCKS) == Missing(0)
+
+
+def test_adapted_blocks_go_to_holders_that_apply_adapters() -> None:
+    plain, applies = candidate(1, Span(0, 4), rtt=0.001), replace(candidate(2, Span(1, 4), block=0.5), adapters=1000)
+    both, whole = snapshot(plain, applies), Span(0, BLOCKS - 1)
+
+    def chosen(adapted: frozenset[int]) -> list[tuple[int, str]]:
+        route = plan_route(both, whole, adapted)
+        assert not isinstance(route, Missing)
+        return [(hop.endpoint.port, str(hop.span)) for hop in route]
+
+    assert chosen(frozenset()) == [(1, "0-4")]
+    assert chosen(frozenset({2, 3})) == [(1, "0-1"), (2, "2-3"), (1, "4")]
+    assert plan_route(both, whole, frozenset({0})) == Missing(0)
+    assert plan_route(snapshot(plain), whole, frozenset({4})) == Missing(4)

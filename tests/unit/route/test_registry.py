@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torrentlm.records import Endpoint, NodeKey, PeerRecord, Span
 from torrentlm.route.registry import FAILURE_MEMORY_S, MAX_PEERS, Registry
 
@@ -97,3 +99,10 @@ def test_it_does_not_grow_without_bound():
     registry.connected(PEER, THERE)
     registry.record(RECORD)
     assert [candidate.node for candidate in registry.snapshot(0).candidates] == [PEER]
+
+
+def test_what_a_peer_takes_of_adapters_is_in_the_snapshot():
+    registry = Registry(OWN)
+    registry.connected(PEER, THERE)
+    registry.record(replace(RECORD, adapters=1000))
+    assert [candidate.adapters for candidate in registry.snapshot(0).candidates] == [1000]

@@ -318,7 +318,7 @@ def test_numbers_of_dtypes_and_fail_codes_are_part_of_the_protocol() -> None:
     assert [record.__name__ for _, record in sorted(SCHEMA.messages.items())] == (
         ["Record", "Peers", "Open", "Opened", "Generate", "Step", "Token", "Output", "Halt", "Renew", "Close", "Fail"]
     )
-    assert len(FAIL_CODES) == 9
+    assert len(FAIL_CODES) == 10
 
 
 def test_the_smallest_header_lists_fit() -> None:

@@ -1,0 +1,72 @@
+"""One node that holds two fine-tunes of one model: what they share is one file, one torrent, one copy in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import trio
+
+from tests.e2e import checkpoint
+from tests.swarm.nodes import in_trio
+from torrentlm.client.generation import Options
+from torrentlm.config import Blocks, NodeConfig, Recipe, Settings
+from torrentlm.node.client import open_client
+from torrentlm.node.compare import compare
+from torrentlm.node.node import Node, open_node
+from torrentlm.publish.publish import publish
+from torrentlm.publish.published import Published
+from torrentlm.records import Endpoint, Span
+from torrentlm.swarm.store import Store
+
+LAYERS = 6
+CHANGED = (1, 2, 4)
+PROMPT = "Once upon a time"
+
+
+def config(data: Path, *peers: Endpoint, blocks: Blocks = "none") -> NodeConfig:
+    return NodeConfig(data, "127.0.0.1", 0, peers, (), blocks, ram=1 << 30, threads=1)
+
+
+def weights_of(node: Node, published: Published) -> dict[str, int]:
+    """Where each parameter of the held model lies in memory."""
+    assert node._computing is not None
+    held = node._computing.holder._models[published.model.v2]
+    return {name: weight.data_ptr() for name, weight in held.runner(held.span)._model.named_parameters()}
+
+
+async def hold(node: Node, published: Published) -> None:
+    await node.hold(await node.join(published.magnet, timeout=30))
+
+
+@in_trio(120)
+async def test_two_fine_tunes_on_one_node(tmp_path: Path) -> None:
+    base = checkpoint.make(tmp_path / "base", LAYERS)
+    folders = (base, checkpoint.fine_tune(base, tmp_path / "tuned", CHANGED))
+    with Store(tmp_path / "publisher") as store:
+        models = [publish(Recipe(folder.name, folder), store) for folder in folders]
+    names = {file.name for model in models for file in model.manifest.files}
+    both = set(models[0].manifest.files) & set(models[1].manifest.files)
+    blocks = Span(0, LAYERS + 1)
+    async with open_node(config(tmp_path / "publisher")) as publisher:
+        for model in models:
+            await publisher.join(model.magnet, timeout=30)
+        async with open_node(config(tmp_path / "holder", publisher.endpoint, blocks=blocks)) as holder:
+            for model in models:
+                await hold(holder, model)
+            assert {path.name for path in (tmp_path / "holder" / "blocks").iterdir()} == names
+            assert len(holder.parts.swarm.transfers) == len(names) + len(models)
+            first, second = (weights_of(holder, model) for model in models)
+            shared = [name for name in first if first[name] == second[name]]
+            changed = tuple(f"model.layers.{layer}." for layer in CHANGED)
+            assert shared == [name for name in first if not name.startswith(changed)]
+            assert len(both) == len(names) - 2 * len(CHANGED)
+            clients = [
+                Settings(None, str(model.magnet), config(tmp_path / "client", holder.endpoint)) for model in models
+            ]
+            difference = await compare(*clients)
+            assert (difference["same"], difference["different"]) == (LAYERS + 2 - len(CHANGED), len(CHANGED))
+            for folder, settings in zip(folders, clients, strict=True):
+                async with open_client(settings) as client:
+                    result = await client.model.generate(PROMPT, Options(max_new_tokens=16))
+                expected = await trio.to_thread.run_sync(checkpoint.greedy, folder, PROMPT, 16)
+                assert list(result.tokens) == expected
