@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torrentlm.compute.threads import first_import
 from torrentlm.config import AdapterRecipe
 from torrentlm.errors import ArtifactError, StorageError, UnsupportedModelError
 from torrentlm.manifest import canonical
 from torrentlm.manifest.adapter import DOWN, FILE_NAME, UP, AdapterBlock, AdapterManifest
-from torrentlm.manifest.canonical import Layout, TensorSpec
+from torrentlm.manifest.canonical import Layout, Placed, TensorSpec
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import BlockEntry, BlockFile, FileEntry, Manifest
 from torrentlm.manifest.torrent import Hasher, Torrent, multi_file, piece_length, safe_name, single_file
@@ -135,7 +136,7 @@ def _write(block: _Block, source: PeftFolder, staging: Path) -> tuple[Torrent, L
     placed |= {name + UP: change.up for name, change in block.changes.items()}
     layout = canonical.layout(replace(at.tensor, name=name) for name, at in placed.items())
     content = bytearray()
-    canonical.write(layout, lambda name: source.read(placed[name]), content.extend)
+    canonical.write(layout, lambda name: _finite(placed[name], source), content.extend)
     length = piece_length(len(content))
     hasher = Hasher(length)
     hasher.update(memoryview(content))
@@ -143,6 +144,20 @@ def _write(block: _Block, source: PeftFolder, staging: Path) -> tuple[Torrent, L
     torrent = single_file(f"{hashes.root.hex()}.safetensors", hashes, length)
     (staging / torrent.name).write_bytes(content)
     return torrent, layout
+
+
+def _finite(placed: Placed, source: PeftFolder) -> Iterator[memoryview]:
+    """A tensor's bytes. Raises ArtifactError where they are no numbers."""
+    with first_import():
+        from torrentlm.publish.checks import all_finite
+
+    for chunk in source.read(placed):
+        if not all_finite(chunk, placed.tensor.dtype):
+            raise ArtifactError(
+                f"the adapter in {source.folder} has values that are NaN or infinite ({placed.tensor.name[:100]}); "
+                "fetch it again, or train it anew"
+            )
+        yield chunk
 
 
 def _manifest(

@@ -191,6 +191,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 TENSORS: list[tuple[Edit, str]] = [
     (lambda found: {}, "holds no tensors"),
     (lambda found: {name: tensor for name, tensor in found.items() if name != A}, "only one of A and B"),
+    (lambda found: found | {A: found[A] / 0}, "NaN or infinite"),
     (lambda found: found | {A: found[A][:, :-1].contiguous()}, "[32, 31]"),
     (lambda found: found | {A.replace("layers.0", "layers.7"): found[A]}, "only one of A and B"),
     (lambda found: {name.replace("layers.0", "layers.7"): tensor for name, tensor in found.items()}, "does not have"),
