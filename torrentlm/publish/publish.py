@@ -31,6 +31,7 @@ from torrentlm.manifest.torrent import Torrent, multi_file, safe_name
 from torrentlm.publish.checkpoint import Checkpoint
 from torrentlm.publish.checks import Finiteness, require_known, require_tokenizer
 from torrentlm.publish.convert import TORCH_DTYPES, converted
+from torrentlm.publish.made import WithMade, made_by_model
 from torrentlm.publish.payload import to_json
 from torrentlm.publish.plan import Origin, Plan, plan
 from torrentlm.publish.published import Progress, Published, look_up, recall, remember
@@ -88,6 +89,11 @@ def _publish(
     model = _understand(payload, recipe, stage.folder, allow_code)
     payload["config.json"] = to_json(model.settings)
     origins = _find_origins(source, model)
+    covered = {target for origin in origins.values() for target in origin.targets}
+    aliases = model.sides[0].canonical
+    if made := made_by_model(model.skeleton, sorted(set(model.shapes) - covered - set(aliases) - set(aliases.values()))):
+        source = WithMade(source, made)
+        origins |= {name: Origin(name, (name,)) for name in made}
     planned = plan(source.tensors, model.shapes, model.sides, recipe.layers_per_block, origins)
     specs = {name: converted(spec, recipe.dtype) for name, spec in source.tensors.items()}
     layouts = [
