@@ -397,10 +397,9 @@ async def open_session(
 ) -> RemoteSession:
     """Open a session on every holder of ``hops``; the caller closes it. ``nursery`` runs its watchers until then.
 
-    ``labels`` name the holders in messages to a person; ``vocabulary`` is the width of logits; ``whole``: a prompt may not
-    come in parts; ``encoded``: what an encoder made, for a decoder; ``blame`` hears which holder it was that an opening
-    failed at.
-    Raises RefusedError, HolderLostError, NetworkError.
+    ``labels`` name the holders in messages to a person; ``vocabulary`` is the width of logits; ``whole``: a prompt may
+    not come in parts; ``encoded``: what an encoder made, for a decoder; ``blame`` hears which holder it was that an
+    opening failed at. Raises RefusedError, HolderLostError, NetworkError.
     """
     session = RemoteSession(links, hops, labels, batch, max_length, vocabulary, whole)
     try:

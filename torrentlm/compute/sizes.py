@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Point(NamedTuple):
-    """The sizes of a step: rows, new tokens per row, tokens per row before it, and of what an encoder read (0: none)."""
+    """The sizes of a step: rows, new tokens per row, tokens per row before it, tokens an encoder read (0: none)."""
 
     batch: int
     tokens: int
@@ -55,7 +55,7 @@ class Size:
     @classmethod
     def of(cls, seen: Sequence[tuple[Point, int]]) -> Size:
         """The simplest rule that gives all the sizes that were seen."""
-        first, size = seen[0]
+        size = seen[0][1]
         if all(other == size for _, other in seen):
             return cls(offset=size)
         found = [candidate for rule in _RULES if (candidate := cls._by(rule, seen)) is not None]

@@ -92,21 +92,23 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     for name in config.architectures or ():
         named = getattr(transformers, name, None) if name.isidentifier() else None
         if isinstance(named, type) and issubclass(named, PreTrainedModel):
-            return named
+            found: type[PreTrainedModel] = named
+            return found
     for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModel):
         if type(config) in auto._model_mapping:
-            found = auto._model_mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+            mapped = auto._model_mapping[type(config)]
+            found = mapped[0] if isinstance(mapped, tuple) else mapped
+            return found
     raise UnsupportedModelError(
         f"transformers knows no model of type {config.model_type}; a newer transformers may, on every holder."
     )
 
 
-class GhostProducts(TorchDispatchMode):
-    """In its ``with``, products with ghosts are zeros without any multiplication: analysing costs the same at any size."""
+class GhostProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """In its ``with``, products with ghosts are zeros, unmultiplied: analysing costs the same at any size."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._ghosts = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     @classmethod

@@ -98,8 +98,8 @@ class SpanRunner:
     ) -> SpanCache:
         """An empty cache for ``batch`` rows of at most ``max_length`` tokens.
 
-        Row r begins with ``pads[r]`` tokens of padding, or ends with as many if that is negative. Raises RefusedError if
-        these do not fit together.
+        Row r begins with ``pads[r]`` tokens of padding, or ends with as many if that is negative. Raises RefusedError
+        if these do not fit together.
         """
         pads = tuple(pads or [0] * batch)
         if batch < 1 or max_length < 1 or len(pads) != batch or not all(abs(pad) < max_length for pad in pads):
@@ -342,8 +342,8 @@ _ANY_MODELS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError,
 
 @dataclass(slots=True)
 class _Step:
-    """What the swapped layers need to know of the running forward: where it is, whether the head's logits are wanted, the
-    border's tensors as far as they are known, and how many layer calls there have been.
+    """What the swapped layers need to know of the running forward: where it is, whether the head's logits are wanted,
+    the border's tensors as far as they are known, and how many layer calls there have been.
     """
 
     cache: SpanCache

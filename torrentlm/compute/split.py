@@ -1,7 +1,7 @@
 """Where a model can be cut, found by watching its own code run on ghosts. No architecture is known by name.
 
-A *part* of a model is the stem (what runs from the token ids to the first layer call), a layer call with the glue before
-it, or the head (what follows the last call). A *border* is what a part needs of all the parts before it.
+A *part* of a model is the stem (what runs from the token ids to the first layer call), a layer call with the glue
+before it, or the head (what follows the last call). A *border* is what a part needs of all the parts before it.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class CarriedValue:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a call keeps: the cache's entries that it writes to, and how many numbers per row and token, per row and token
-    that an encoder has read, and per row. ``trims``: whether it can be cut at any token.
+    """What a call keeps: the cache's entries that it writes to, and how many numbers per row and token, per row and
+    token that an encoder has read, and per row. ``trims``: whether it can be cut at any token.
     """
 
     entries: tuple[int, ...] = ()
@@ -74,11 +74,11 @@ class Split:
     """How one model is cut into the stem, its layer calls and the head. Parameter names are the module tree's own.
 
     ``module`` is the path of what is run, "" for the whole model. ``chunks``: whether a prompt may come in parts.
-    ``width``: of the encoder's hidden states that a decoder is given.
-    ``calls`` are the layer calls in order; a module may be called more than once. ``stem``, ``head`` and ``extra`` (one
-    entry per call) name what the part reads besides the weights under ``layer_prefix(call)``; persistent buffers count
-    as weights. ``tied`` pairs each alias with the canonical name of the same parameter; every other field uses canonical
-    names. ``borders[k]`` is what travels into call k, ``borders[layers]`` what travels into the head.
+    ``width``: of the encoder's hidden states that a decoder is given. ``calls`` are the layer calls in order; a module
+    may be called more than once. ``stem``, ``head`` and ``extra`` (one entry per call) name what the part reads besides
+    the weights under ``layer_prefix(call)``; persistent buffers count as weights. ``tied`` pairs each alias with the
+    canonical name of the same parameter; every other field uses canonical names. ``borders[k]`` is what travels into
+    call k, ``borders[layers]`` what travels into the head.
 
     ``make_cache`` makes an empty cache of the model's own kind; None where every step replays the text.
     """
@@ -113,8 +113,8 @@ class Split:
         return f"{self.calls[layer].path}."
 
     def rewind(self, layers: Iterable[int]) -> Literal["trim", "snapshot", "replay"]:
-        """How the state of these layer calls goes back to an earlier token: by cutting it, by what was kept of the latest
-        steps, or not at all, since there is none and every step runs the whole text.
+        """How the state of these layer calls goes back to an earlier token: by cutting it, by what was kept of the
+        latest steps, or not at all, since there is none and every step runs the whole text.
         """
         if self.replays:
             return "replay"
@@ -128,9 +128,9 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What a recipe says where looking at the model is not enough. ``layer_stacks``: the path of the list of layers, of an
-    encoder-decoder the encoder's and the decoder's. ``encoder``: the model is called once for each text, though its class could generate. ``replay``: keep no state, run
-    the whole text in every step.
+    """What a recipe says where looking at the model is not enough. ``layer_stacks``: the path of the list of layers, of
+    an encoder-decoder the encoder's and the decoder's. ``encoder``: the model is called once for each text, though its
+    class could generate. ``replay``: keep no state, run the whole text in every step.
     """
 
     layer_stacks: tuple[str, ...] = ()
@@ -147,8 +147,8 @@ def analyse(config: PretrainedConfig, hints: Hints = Hints()) -> Split:
 
 
 def analyse_sides(config: PretrainedConfig, hints: Hints = Hints()) -> tuple[Split, ...]:
-    """Find the split of the model that ``config`` describes, of an encoder-decoder the encoder's and the decoder's; needs
-    no weights and next to no memory.
+    """Find the split of the model that ``config`` describes, of an encoder-decoder the encoder's and the decoder's;
+    needs no weights and next to no memory.
 
     Raises UnsupportedModelError, with the reason, for a model that cannot be cut exactly by these rules.
     """
@@ -207,14 +207,13 @@ def _best(
         if found and found[-1][0] == 0:
             break
     if not found:
-        assert problem is not None
-        raise problem
+        raise problem or UnsupportedModelError("This side of the model has no list of layers to cut it at.")
     return min(found, key=lambda entry: entry[0])[1]
 
 
 def _waste(model: nn.Module, split: Split) -> int:
-    """How many numbers the layers' blocks hold more than once, or have to compute with outside of their layers; more than
-    any of that where there is no cache.
+    """How many numbers the layers' blocks hold more than once, or have to compute with outside of their layers; more
+    than any of that where there is no cache.
     """
     sizes = {name: weight.numel() for name, weight in named_weights(model)}
     needed: dict[str, set[str]] = {}  # by module: what is called more than once is needed more than once by nature
@@ -276,14 +275,14 @@ class _Analysis:
         self._make_cache: Callable[[PretrainedConfig], Cache] | None = None
         self._states: list[State] = []
         if with_cache:
-            self._find_cache()
-            self._passes = [*self._with_cache(SECOND, ONE), *self._with_cache(FIRST, MORE)]
+            make = self._make_cache = self._find_cache()
+            self._passes = [*self._with_cache(make, SECOND, ONE), *self._with_cache(make, FIRST, MORE)]
         else:
             self._passes = [self._run(point, None) for point in (FIRST, SECOND, THIRD)]
 
     def split(self) -> Split:
         self._require_alike()
-        probe, passes = self._probe, self._passes
+        passes = self._passes
         calls = tuple(
             Call(seen.path, seen.form, seen.maps, _shapes([(one.point, one.calls[number].tensors) for one in passes]))
             for number, seen in enumerate(passes[0].calls)
@@ -331,7 +330,7 @@ class _Analysis:
             arguments["use_cache"] = True
         return self._probe.run(point, arguments, self._inputs.ids, self._inputs.output)
 
-    def _find_cache(self) -> None:
+    def _find_cache(self) -> Callable[[PretrainedConfig], Cache]:
         """Which argument is the cache, and what makes one: seen from what the model makes when it is given none."""
         if not self._inputs.use_cache:
             raise UnsupportedModelError("The model keeps no state.")
@@ -341,11 +340,10 @@ class _Analysis:
             raise UnsupportedModelError("The model keeps its state in something else than one of transformers' caches.")
         name, cache = caches[0]
         self._inputs = replace(self._inputs, cache=name)
-        self._make_cache = _maker(cache)
+        return _maker(cache)
 
-    def _with_cache(self, *points: Point) -> list[Pass]:
-        assert self._make_cache is not None
-        cache = self._make_cache(self._model.config)
+    def _with_cache(self, make: Callable[[PretrainedConfig], Cache], *points: Point) -> list[Pass]:
+        cache = make(self._model.config)
         passes = []
         for point in points:
             try:
