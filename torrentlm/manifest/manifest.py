@@ -304,7 +304,9 @@ def _check(manifest: Manifest) -> None:
     if len({file.name for file in manifest.files}) != len(manifest.files):
         raise ValueError("a file is listed twice")
     kinds = "".join(block.kind[0] for block in manifest.blocks)
-    if not re.fullmatch(f"(sl+h){{{max(1, len(manifest.sides))}}}", kinds):
+    if [side.encoder for side in manifest.sides] not in ([False], [True], [True, False]):
+        raise ValueError("its sides are not one, or an encoder and a decoder")
+    if not re.fullmatch(f"(sl+h){{{len(manifest.sides)}}}", kinds):
         raise ValueError("its blocks are not a stem, layers and a head for each side")
     for number, side in enumerate(manifest.sides):
         blocks = manifest.side_blocks(number)
