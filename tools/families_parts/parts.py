@@ -25,8 +25,8 @@ MAX_LENGTH = 64
 
 
 def thirds(kind: str, model: PreTrainedModel, folder: Path) -> list[list[SpanRunner]]:
-    """Three spans for each side of the model whose config.json is in ``folder``: saved as a checkpoint, published and held
-    as any other.
+    """Three spans for each side of the model whose config.json is in ``folder``: saved as a checkpoint, published and
+    held as any other.
 
     Raises what saving, publishing and holding raise.
     """

@@ -88,7 +88,7 @@ class ModelClient:
         """
         attempts = OPEN_ATTEMPTS
         side %= len(self.manifest.sides)
-        whole = not self.manifest.sides[side].chunks or self.manifest.blocks[-1].rewind == "replay"
+        single = not self.manifest.sides[side].chunks
         while True:
             hops = await find_route(self._directory, side, waiting=self._waiting)
             attempts -= 1
@@ -102,7 +102,8 @@ class ModelClient:
                     batch=batch,
                     max_length=max_length,
                     vocabulary=self.vocabulary,
-                    whole=whole,
+                    whole=single or self.manifest.blocks[-1].rewind == "replay",
+                    single=single,
                     pads=pads,
                     encoded=encoded,
                     blame=self._directory.blame,

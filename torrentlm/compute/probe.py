@@ -45,6 +45,14 @@ class Inside:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor that an entry of the cache held before the step."""
+
+    entry: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
 class MapEntry:
     """An entry that a call puts into a map: where the map hangs in (positional, keyword arguments), the entry's key,
     the form of its value and the number of tensors in it.
@@ -117,6 +125,9 @@ class Probe:
         for name, weight in _weights(self._model, self._names):
             watch.mark(weight, self.sources.bit(Weight(name)))
         watch.mark(arguments[ids], self.sources.bit(TokenIds()))
+        for index, entry in enumerate(() if self._cache is None else entries_of(self._cache)):
+            for place, tensor in tensors_at(vars(entry)):
+                watch.mark(tensor, self.sources.bit(Kept(index, place)))
         try:
             with self._watched_layers(), torch.no_grad(), watch:
                 result = self._forward(**arguments)

@@ -23,14 +23,14 @@ from transformers.cache_utils import (
 
 from torrentlm.compute.border import BorderShape, Carried, Returned, Slot, TensorShape, TokenIds
 from torrentlm.compute.inputs import FILLER, Encoded, Inputs
-from torrentlm.compute.probe import Inside, MapEntry, Pass, Probe, SeenCarried, Weight, entries_of
+from torrentlm.compute.probe import Inside, Kept, MapEntry, Pass, Probe, SeenCarried, Weight, entries_of
 from torrentlm.compute.sizes import Point, Size
 from torrentlm.compute.skeleton import GhostProducts, build_skeleton, first_line
 from torrentlm.compute.stack import Stack, find_stacks
 from torrentlm.compute.values import Place
 from torrentlm.errors import UnsupportedModelError
 
-FIRST, SECOND, THIRD = Point(2, 5, source=11), Point(3, 7, source=6), Point(2, 10, source=8)
+FIRST, SECOND, THIRD = Point(2, 5, source=11, last=True), Point(3, 7, source=6), Point(2, 10, source=8)
 MORE, ONE = Point(2, 2, past=5, source=11), Point(3, 1, past=7, source=6)
 """The steps that are watched; MORE goes on behind FIRST, ONE behind SECOND. What differs tells the axes of a border."""
 
@@ -59,7 +59,8 @@ class CarriedValue:
 @dataclass(frozen=True, slots=True)
 class State:
     """What a call keeps: the cache's entries that it writes to, and how many numbers per row and token, per row and
-    token that an encoder has read, and per row. ``trims``: whether it can be cut at any token.
+    token that an encoder has read, and per row. ``trims``: whether it can be cut at any token; ``window``: how many
+    tokens are kept, None for all.
     """
 
     entries: tuple[int, ...] = ()
@@ -67,13 +68,15 @@ class State:
     per_source: int = 0
     per_row: int = 0
     trims: bool = True
+    window: int | None = None
 
 
 @dataclass(frozen=True)
 class Split:
     """How one model is cut into the stem, its layer calls and the head. Parameter names are the module tree's own.
 
-    ``module`` is the path of what is run, "" for the whole model. ``chunks``: whether a prompt may come in parts.
+    ``module`` is the path of what is run, "" for the whole model. ``chunks``: whether a prompt may come in parts, and
+    more than one token behind it at once.
     ``width``: of the encoder's hidden states that a decoder is given. ``calls`` are the layer calls in order; a module
     may be called more than once. ``stem``, ``head`` and ``extra`` (one entry per call) name what the part reads besides
     the weights under ``layer_prefix(call)``; persistent buffers count as weights. ``tied`` pairs each alias with the
@@ -277,6 +280,7 @@ class _Analysis:
         if with_cache:
             make = self._make_cache = self._find_cache()
             self._passes = [*self._with_cache(make, SECOND, ONE), *self._with_cache(make, FIRST, MORE)]
+            self._chunks = self._goes_on_in_parts()
         else:
             self._passes = [self._run(point, None) for point in (FIRST, SECOND, THIRD)]
 
@@ -328,6 +332,8 @@ class _Analysis:
         )
         if use_cache:
             arguments["use_cache"] = True
+        if self._inputs.keep is not None:
+            arguments[self._inputs.keep] = int(point.last)
         return self._probe.run(point, arguments, self._inputs.ids, self._inputs.output)
 
     def _find_cache(self) -> Callable[[PretrainedConfig], Cache]:
@@ -349,12 +355,22 @@ class _Analysis:
             try:
                 passes.append(self._run(point, cache))
             except UnsupportedModelError:
-                if point != MORE:
+                if point != MORE:  # where that fails, the model takes one token at a time behind a prompt
                     raise
-                self._chunks = False  # behind a prompt it takes one token at a time
             if not point.past:
                 self._measure(cache, point)
         return passes
+
+    def _goes_on_in_parts(self) -> bool:
+        """Whether several tokens behind a prompt read all the state that a single one reads."""
+
+        def kept(one: Pass) -> list[set[Kept]]:
+            named = (self._probe.sources.named(call.reads) for call in one.calls)
+            return [{source for source in sources if isinstance(source, Kept)} for sources in named]
+
+        single = next(one for one in self._passes if one.point == ONE)
+        several = next((one for one in self._passes if one.point == MORE), None)
+        return several is not None and all(few <= many for few, many in zip(kept(single), kept(several), strict=False))
 
     def _measure(self, cache: Cache, point: Point) -> None:
         """Who keeps what. The second time, sizes at two points tell what grows with the text."""
@@ -384,7 +400,9 @@ class _Analysis:
             trims = all(_trims(entries_of(cache)[index]) for index in kept)
             crossed = sum(_numel(_crossed(cache, index)) for index in kept)
             per_source = crossed // (point.batch * point.source) if point.source else 0
-            self._states.append(State(kept, per_token, per_source, per_row, trims))
+            windows = [getattr(entries_of(cache)[index], "sliding_window", None) for index in kept]
+            window = max((size or 0 for size in windows), default=0) if all(windows) else 0
+            self._states.append(State(kept, per_token, per_source, per_row, trims, window or None))
 
     # What was seen
 

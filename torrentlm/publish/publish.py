@@ -139,7 +139,8 @@ def _understand(payload: Mapping[str, bytes], recipe: Recipe, staging: Path, all
 
 
 def _find_origins(source: Source, model: _Model) -> dict[str, Origin]:
-    """What becomes of the checkpoint's tensors, by the names to publish them under. Raises ArtifactError for a shape."""
+    """What becomes of the checkpoint's tensors, by the names to publish them under. Raises ArtifactError for a
+    shape."""
     origins: dict[str, Origin] = {}
     targets: dict[str, tuple[str, ...]] = {}
     for group, stored, name in published_names(model.skeleton, group_tensors(model.skeleton, source.tensors)):
