@@ -198,8 +198,8 @@ class Recipe:
     """How to publish a model: tables [model] and [model.source].
 
     The weights come from exactly one of ``folder`` (a Hugging Face checkpoint), ``gguf`` (a file), ``package`` with
-    ``file`` (a file in an installed Python package: a GGUF, or a checkpoint's config.json), or ``config`` (a config.json
-    alone: random weights, those of ``seed``). ``dtype`` None: the checkpoint's own precision (GGUF: fp32).
+    ``file`` (a file in an installed Python package: a GGUF, or a checkpoint's config.json), or ``config`` (a
+    config.json alone: random weights, those of ``seed``). ``dtype`` None: the checkpoint's own precision (GGUF: fp32).
 
     ``layer_stacks``, ``task`` and ``replay`` say how to split what cannot be split by looking at it, see
     docs/model-toml.md.

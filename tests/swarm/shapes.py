@@ -1,5 +1,5 @@
-"""Small random models of any architecture as checkpoints, with a tokenizer of single words, and three processes that hold
-them.
+"""Small random models of any architecture as checkpoints, with a tokenizer of single words, and three processes that
+hold them.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from whole import (
     close,
     decode,
     in_chunks,
+    reloaded,
     said,
     whole_logits,
 )
@@ -37,8 +38,8 @@ from torrentlm.errors import TorrentLMError, UnsupportedModelError
 from torrentlm.wire.messages import Want
 
 HINTS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("hints.json").read_text(encoding="utf-8"))
-"""For models that do not agree with themselves: what they decode step by step is not what their forward gives for the whole
-text."""
+"""For models that do not agree with themselves: what they decode step by step is not what their forward gives for the
+whole text."""
 Outcome = Literal["exact", "refused", "wrong", "unbuildable"]
 OUTCOMES: tuple[Outcome, ...] = ("exact", "refused", "wrong", "unbuildable")
 
@@ -64,7 +65,7 @@ def check(kind: str, name: str, model_class: str, folder: Path, whole_runs: Call
     hints = HINTS.get(f"{kind}:{name}", {})
     row = Row(kind, name, model_class, "exact", hints=hints)
     try:
-        model = build(kind, name, folder)
+        model = reloaded(build(kind, name, folder), folder)
         if kind != "masked":
             decode(model, IDS)
     except Unbuildable as error:
@@ -75,7 +76,7 @@ def check(kind: str, name: str, model_class: str, folder: Path, whole_runs: Call
         return row
     whole_runs()
     try:
-        sides = thirds(kind, model, folder, hints)
+        sides = thirds(kind, folder, hints)
     except UnsupportedModelError as error:
         row.outcome, row.reason = "refused", str(error)
         return row
@@ -164,9 +165,7 @@ def _seq2seq_checks(
         yield "window", window
 
 
-def _causal_checks(
-    model: PreTrainedModel, runners: list[SpanRunner], whole: Callable[..., Decoded]
-) -> Iterator[Check]:
+def _causal_checks(model: PreTrainedModel, runners: list[SpanRunner], whole: Callable[..., Decoded]) -> Iterator[Check]:
     def prefill() -> str:
         return _bits(Chain(runners).step(IDS), whole(IDS, 1).logits)
 

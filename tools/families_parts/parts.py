@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from whole import Decoded
 
 from torrentlm.compute.border import Logits, from_wire, pack, to_wire
@@ -25,15 +23,12 @@ from torrentlm.wire.tensors import Tensor
 MAX_LENGTH = 64
 
 
-def thirds(kind: str, model: PreTrainedModel, folder: Path, hints: dict[str, Any]) -> list[list[SpanRunner]]:
-    """Three spans for each side of the model whose config.json is in ``folder``: saved as a checkpoint, published and held
-    as any other.
+def thirds(kind: str, folder: Path, hints: dict[str, Any]) -> list[list[SpanRunner]]:
+    """Three spans for each side of the checkpoint in ``folder``/checkpoint, published and held as any other.
 
-    Raises what saving, publishing and holding raise.
+    Raises what publishing and holding raise.
     """
     checkpoint = folder / "checkpoint"
-    model.save_pretrained(checkpoint)
-    shutil.copy(folder / "config.json", checkpoint)
     task = "encoder" if kind == "masked" else "auto"
     recipe = Recipe("tiny", checkpoint, tokenizer=False, task=task, **hints)
     with Store(folder / "data") as store:

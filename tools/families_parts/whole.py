@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,18 @@ def build(kind: str, model_type: str, folder: Path) -> PreTrainedModel:
     raise Unbuildable(errors[0])
 
 
+def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model as transformers reads it back from a checkpoint, which is left in ``folder``/checkpoint: some weights
+    are never saved, since the model's code makes them.
+    """
+    checkpoint = folder / "checkpoint"
+    model.save_pretrained(checkpoint)
+    shutil.copy(folder / "config.json", checkpoint)
+    again = type(model).from_pretrained(checkpoint, dtype=torch.float32)
+    model.load_state_dict(again.state_dict())  # into memory that is aligned: products round differently elsewhere
+    return model
+
+
 def _saved(kind: str, model: PreTrainedModel, config: PretrainedConfig, folder: Path) -> PretrainedConfig:
     """The config as a checkpoint has it, read back: the model's own, or the larger one that it was made from."""
     for candidate in (model.config, config):
@@ -151,8 +164,8 @@ def decode(
     *,
     replay: bool = False,
 ) -> Decoded:
-    """What the model's own ``generate`` adds, greedily; with ``replay`` it keeps no state between tokens. Where it reads
-    no text, it is given noise to look at.
+    """What the model's own ``generate`` adds, greedily; with ``replay`` it keeps no state between tokens. Where it
+    reads no text, it is given noise to look at.
     """
     given: dict[str, Any] = {"attention_mask": torch.ones_like(ids) if mask is None else mask}
     name = model.main_input_name

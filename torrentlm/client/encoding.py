@@ -39,7 +39,8 @@ async def encode(
 async def embed(client: ModelClient, texts: Sequence[str], folder: Path, adapter: str | None = None) -> Array:
     """One vector a text, float32 [texts, width], pooled as the files in ``folder`` say.
 
-    Raises RefusedError for a model that gives no hidden states or an empty text, ArtifactError, and as ModelClient.open.
+    Raises RefusedError for a model that gives no hidden states or an empty text, ArtifactError, and as
+    ModelClient.open.
     """
     if client.manifest.task != "encoder":
         raise RefusedError("this model writes text: embeddings come from an encoder", "bad_request")

@@ -92,7 +92,7 @@ class ModelClient:
         """
         attempts = OPEN_ATTEMPTS
         side %= len(self.manifest.sides)
-        whole = not self.manifest.sides[side].chunks or self.manifest.blocks[-1].rewind == "replay"
+        single = not self.manifest.sides[side].chunks
         chosen = None if adapter is None else await self._adapters(adapter)
         touched = frozenset[int]() if chosen is None else chosen.touched
         while True:
@@ -108,7 +108,8 @@ class ModelClient:
                     batch=batch,
                     max_length=max_length,
                     vocabulary=self.vocabulary,
-                    whole=whole,
+                    whole=single or self.manifest.blocks[-1].rewind == "replay",
+                    single=single,
                     pads=pads,
                     encoded=encoded,
                     adapter=chosen,

@@ -33,8 +33,8 @@ _FLAGS = {
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """``modes`` in the order in which their vectors are joined, whether the result has length 1, and the longest text in
-    tokens (None: whatever the model takes). Without any files the mean of all tokens.
+    """``modes`` in the order in which their vectors are joined, whether the result has length 1, and the longest text
+    in tokens (None: whatever the model takes). Without any files the mean of all tokens.
     """
 
     modes: tuple[str, ...] = ("mean",)
@@ -89,7 +89,8 @@ def _read(path: Path) -> Any:
 
 
 def pool(states: Array, lengths: Sequence[int], pooling: Pooling) -> Array:
-    """Float32 [rows, width × modes] of ``states``, [rows, tokens, width]; row r has ``lengths[r]`` tokens, then padding."""
+    """Float32 [rows, width × modes] of ``states``, [rows, tokens, width]; row r has ``lengths[r]`` tokens, then
+    padding."""
     inside = np.arange(states.shape[1])[None, :] < np.asarray(lengths)[:, None]
     vectors = np.concatenate([_pooled(mode, states, inside) for mode in pooling.modes], axis=1)
     if pooling.normalize:
@@ -100,20 +101,22 @@ def pool(states: Array, lengths: Sequence[int], pooling: Pooling) -> Array:
 
 def _pooled(mode: str, states: Array, inside: npt.NDArray[np.bool_]) -> Array:
     counts = np.maximum(inside.sum(axis=1, keepdims=True), 1)
+    pooled: Array
     if mode == "cls":
-        return states[:, 0]
-    if mode == "lasttoken":
-        return states[np.arange(len(states)), counts[:, 0] - 1]
-    if mode == "max":
-        return np.where(inside[:, :, None], states, -np.inf).max(axis=1)
-    weights = inside.astype(np.float32)
-    if mode == "weightedmean":
-        weights *= np.arange(1, states.shape[1] + 1, dtype=np.float32)
-        counts = np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
-    elif mode == "mean_sqrt_len":
-        counts = np.sqrt(counts)
-    summed: Array = np.einsum("bth,bt->bh", states, weights)
-    return summed / counts
+        pooled = states[:, 0]
+    elif mode == "lasttoken":
+        pooled = states[np.arange(len(states)), counts[:, 0] - 1]
+    elif mode == "max":
+        pooled = np.where(inside[:, :, None], states, -np.inf).max(axis=1)
+    else:
+        weights = inside.astype(np.float32)
+        if mode == "weightedmean":
+            weights *= np.arange(1, states.shape[1] + 1, dtype=np.float32)
+            counts = np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
+        elif mode == "mean_sqrt_len":
+            counts = np.sqrt(counts)
+        pooled = np.einsum("bth,bt->bh", states, weights) / counts
+    return pooled
 
 
 def as_float32(tensor: Tensor) -> Array:

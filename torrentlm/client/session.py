@@ -112,6 +112,7 @@ class RemoteSession:
         max_length: int,
         vocabulary: int,
         whole: bool,
+        single: bool,
         adapter: ChosenAdapter | None = None,
     ) -> None:
         self.hops = tuple(hops)
@@ -121,6 +122,7 @@ class RemoteSession:
         self._vocabulary = vocabulary
         self._chunk = max_length if whole else PREFILL_CHUNK
         self._adapter = adapter
+        self._single = single
         self._links = links
         self._labels = tuple(labels)
         self._handles = tuple(SessionId(secrets.token_bytes(16)) for _ in hops)
@@ -323,14 +325,19 @@ class RemoteSession:
             tokens=tensor.shape[1],
         )
 
+    def _chunk_at(self, position: int) -> int:
+        """Tokens per row that a step at this position may bring."""
+        return 1 if self._single and position else self._chunk
+
     async def _prefill(self, rows: Sequence[Sequence[int]], start: int, reorder: tuple[int, ...] | None = None) -> int:
         """Feed all but the last chunk of ``rows``, a few at a time; returns where that one begins."""
-        last = max(len(rows[0]) - 1, 0) // self._chunk * self._chunk
+        size = self._chunk_at(start)
+        last = max(len(rows[0]) - 1, 0) // size * size
         in_flight: deque[int] = deque()
-        for offset in range(0, last, self._chunk):
+        for offset in range(0, last, size):
             if len(in_flight) == max(IN_FLIGHT, len(self.hops) + 1):
                 await self._await_output(in_flight.popleft())
-            chunk = ids_tensor([row[offset : offset + self._chunk] for row in rows])
+            chunk = ids_tensor([row[offset : offset + size] for row in rows])
             await self._send(0, self._step(start + offset, Want.NONE, chunk, reorder=None if offset else reorder))
             in_flight.append(start + offset)
         return last
@@ -364,7 +371,7 @@ class RemoteSession:
         self._stepping = True
         picked = tuple(reorder) if reorder is not None else None
         count = len(rows[0])
-        first, size = 0, self._chunk
+        first, size = 0, self._chunk_at(start)
         if want == Want.LOGITS_ALL and size == PREFILL_CHUNK:
             size = min(size, max(1, OUTPUT_BYTES // (LOGIT_BYTES * self._vocabulary * self.batch)))
         elif want != Want.LOGITS_ALL:
@@ -409,6 +416,7 @@ async def open_session(
     max_length: int,
     vocabulary: int,
     whole: bool = False,
+    single: bool = False,
     pads: tuple[int, ...] | None = None,
     encoded: tuple[Tensor, ...] = (),
     adapter: ChosenAdapter | None = None,
@@ -416,12 +424,12 @@ async def open_session(
 ) -> RemoteSession:
     """Open a session on every holder of ``hops``; the caller closes it. ``nursery`` runs its watchers until then.
 
-    ``labels`` name the holders in messages to a person; ``vocabulary`` is the width of logits; ``whole``: a prompt may not
-    come in parts; ``encoded``: what an encoder made, for a decoder; ``blame`` hears which holder it was that an opening
-    failed at.
+    ``labels`` name the holders in messages to a person; ``vocabulary`` is the width of logits; ``whole``: a prompt may
+    not come in parts; ``single``: behind it the model takes one token at a time; ``encoded``: what an encoder made, for
+    a decoder; ``blame`` hears which holder it was that an opening failed at.
     Raises RefusedError, HolderLostError, NetworkError.
     """
-    session = RemoteSession(links, hops, labels, batch, max_length, vocabulary, whole, adapter)
+    session = RemoteSession(links, hops, labels, batch, max_length, vocabulary, whole, single, adapter)
     try:
         await session._open(model, pads or (0,) * batch, encoded)
     except BaseException as error:

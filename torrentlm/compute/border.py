@@ -84,8 +84,8 @@ class Logits:
 
 @dataclass(frozen=True, slots=True)
 class TensorShape:
-    """A tensor at every size of step. A floating point dtype stands for any such, another for any without a point: a mask
-    may be made of either."""
+    """A tensor at every size of step. A floating point dtype stands for any such, another for any without a point: a
+    mask may be made of either."""
 
     sizes: tuple[Size, ...]
     dtype: torch.dtype

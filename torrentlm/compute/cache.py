@@ -133,6 +133,8 @@ class LayeredCache:
 
     def grow_later(self, tokens: int, device: torch.device) -> None:
         self._grow(1, tokens, device)
+        for layer in self._own:
+            _drop_slack(layer)
 
     def _grow(self, group: int, tokens: int, device: torch.device) -> None:
         for layer in self._stand_ins[group]:
@@ -179,6 +181,14 @@ class LayeredCache:
             if getattr(layer, "is_initialized", False):
                 layer.reorder_cache(index)
         self._snapshots.clear()
+
+
+def _drop_slack(layer: Any) -> None:
+    """A window's keys and values are views of all that were ever in one step, and would keep these in memory."""
+    for name in ("keys", "values") if getattr(layer, "sliding_window", None) is not None else ():
+        tensor = getattr(layer, name, None)
+        if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() > tensor.nbytes:
+            setattr(layer, name, tensor.clone())
 
 
 def _can_crop(layer: Any) -> bool:

@@ -1,7 +1,8 @@
-"""From a checkpoint's tensors to a model's: the renaming, merging and splitting that transformers does when it loads one.
+"""From a checkpoint's tensors to a model's: the renaming, merging and splitting that transformers does when it loads
+one.
 
-Most checkpoints name their tensors as the model does, or differ by a prefix. Some are of another form: an expert's matrix
-each, where the model has one for all experts. Blocks keep the checkpoint's form, and holders convert.
+Most checkpoints name their tensors as the model does, or differ by a prefix. Some are of another form: an expert's
+matrix each, where the model has one for all experts. Blocks keep the checkpoint's form, and holders convert.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from torrentlm.errors import ArtifactError
 
 @dataclass(slots=True)
 class Group:
-    """Tensors of a checkpoint, by the names there, that become tensors of the model. ``target`` names the first of these;
-    ``converter`` is None where a single one only gets another name.
+    """Tensors of a checkpoint, by the names there, that become tensors of the model. ``target`` names the first of
+    these; ``converter`` is None where a single one only gets another name.
     """
 
     target: str

@@ -33,7 +33,8 @@ class Encoded:
 class Inputs:
     """The names of the forward's arguments (None: it has no such) and of the result's field that is wanted.
 
-    ``encoded`` is the class of what the encoder returns. ``causal`` models generate text; those that are ``prepared`` have their own way of making a step's arguments.
+    ``encoded`` is the class of what the encoder returns. ``causal`` models generate text; those that are ``prepared``
+    have their own way of making a step's arguments.
     """
 
     takes: frozenset[str]

@@ -1,11 +1,11 @@
 """Watching a model's own forward run on ghosts: which calls of its layers there are, and what each part of it reads.
 
 Theory of operation. The layers of a stack are called one after the other. Everything that runs is watched by
-``Provenance``; what a call returns is cut: later operations see it as a source of its own. So the sources of what call k
-returns are the weights that run between the return of call k-1 and its own, and those *earlier returned tensors*
-that it needs. The same goes for what the head makes. Arguments of a call that come from the token ids and from no layer
-are cut too (*carried*): the stem makes them all, and nobody else needs its weights for them. What runs between the
-calls (*glue*) every holder runs for itself; what runs inside a call is seen by others only through its return value, and
+``Provenance``; what a call returns is cut: later operations see it as a source of its own. So the sources of what call
+k returns are the weights that run between the return of call k-1 and its own, and those *earlier returned tensors* that
+it needs. The same goes for what the head makes. Arguments of a call that come from the token ids and from no layer are
+cut too (*carried*): the stem makes them all, and nobody else needs its weights for them. What runs between the calls
+(*glue*) every holder runs for itself; what runs inside a call is seen by others only through its return value, and
 through maps among its arguments that it writes to. A value that gets out in any other way is refused.
 """
 
@@ -45,9 +45,17 @@ class Inside:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor that an entry of the cache held before the step."""
+
+    entry: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
 class MapEntry:
-    """An entry that a call puts into a map: where the map hangs in (positional, keyword arguments), the entry's key, the
-    form of its value and the number of tensors in it.
+    """An entry that a call puts into a map: where the map hangs in (positional, keyword arguments), the entry's key,
+    the form of its value and the number of tensors in it.
     """
 
     place: Place
@@ -107,8 +115,8 @@ class Probe:
         self._cache: Any
 
     def run(self, point: Point, arguments: Mapping[str, Any], ids: str, output: str) -> Pass:
-        """One forward with these arguments, of which the one called ``ids`` holds the tokens and the others are known to
-        every holder. Raises UnsupportedModelError where it fails or cannot be cut.
+        """One forward with these arguments, of which the one called ``ids`` holds the tokens and the others are known
+        to every holder. Raises UnsupportedModelError where it fails or cannot be cut.
         """
         self._pass = Pass(point)
         self._cache = next((value for value in arguments.values() if isinstance(value, Cache)), None)
@@ -117,6 +125,9 @@ class Probe:
         for name, weight in _weights(self._model, self._names):
             watch.mark(weight, self.sources.bit(Weight(name)))
         watch.mark(arguments[ids], self.sources.bit(TokenIds()))
+        for index, entry in enumerate(() if self._cache is None else entries_of(self._cache)):
+            for place, tensor in tensors_at(vars(entry)):
+                watch.mark(tensor, self.sources.bit(Kept(index, place)))
         try:
             with self._watched_layers(), torch.no_grad(), watch:
                 result = self._forward(**arguments)
@@ -222,7 +233,7 @@ def put_entries(
     entries: Sequence[MapEntry],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    tensors: Sequence[torch.Tensor],
+    tensors: Sequence[torch.Tensor | None],
     cache: Any,
 ) -> None:
     """Put what a call wrote to the maps among its arguments there, made of these tensors."""

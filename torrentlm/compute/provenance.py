@@ -1,7 +1,7 @@
 """Where values come from: every operation of a forward is watched, and its result remembers what went into it.
 
-A set of sources is an int, a bit each. Weights are sources, token ids, borders, whatever the caller marks. Unlike autograd's graph this also
-sees integers, values made without gradients, and what is changed in place.
+A set of sources is an int, a bit each. Weights are sources, token ids, borders, whatever the caller marks. Unlike
+autograd's graph this also sees integers, values made without gradients, and what is changed in place.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Sources:
                 yield source
 
 
-class Provenance(TorchDispatchMode):
+class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows sources through everything that runs in its ``with``. ``inside`` is added to all that has any source;
     ``compute`` is what runs an operation.
     """
@@ -59,7 +59,7 @@ class Provenance(TorchDispatchMode):
     def __init__(
         self, compute: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs)
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._compute = compute
         self.inside = 0
         self.read = 0
@@ -68,7 +68,8 @@ class Provenance(TorchDispatchMode):
 
     def mark(self, tensor: torch.Tensor, sources: int) -> None:
         """Say where a tensor's storage comes from."""
-        reference = StorageWeakRef(tensor.untyped_storage())  # keeps the address from being used anew
+        # The reference keeps the address from being used anew.
+        reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self._known[reference.cdata] = (reference, sources)
 
     def of(self, tensor: torch.Tensor) -> int:

@@ -8,16 +8,25 @@ from typing import NamedTuple
 
 
 class Point(NamedTuple):
-    """The sizes of a step: rows, new tokens per row, tokens per row before it, and of what an encoder read (0: none)."""
+    """The sizes of a step: rows, new tokens per row, tokens per row before it, tokens an encoder read (0: none).
+
+    ``last``: only the last position's logits are wanted, so that a model may leave the other positions out at the end.
+    """
 
     batch: int
     tokens: int
     past: int = 0
     source: int = 0
+    last: bool = False
 
     @property
     def length(self) -> int:
         return self.past + self.tokens
+
+    @property
+    def wanted(self) -> int:
+        """The positions per row that the head is to see."""
+        return min(self.tokens, 1) if self.last else self.tokens
 
 
 _RULES: dict[str, Callable[[Point], int]] = {
@@ -25,9 +34,11 @@ _RULES: dict[str, Callable[[Point], int]] = {
     "tokens": lambda point: point.tokens,
     "length": lambda point: point.length,
     "source": lambda point: point.source,
+    "wanted": lambda point: point.wanted,
     "batch × tokens": lambda point: point.batch * point.tokens,
     "batch × length": lambda point: point.batch * point.length,
     "batch × source": lambda point: point.batch * point.source,
+    "batch × wanted": lambda point: point.batch * point.wanted,
 }
 
 
@@ -55,7 +66,7 @@ class Size:
     @classmethod
     def of(cls, seen: Sequence[tuple[Point, int]]) -> Size:
         """The simplest rule that gives all the sizes that were seen."""
-        first, size = seen[0]
+        size = seen[0][1]
         if all(other == size for _, other in seen):
             return cls(offset=size)
         found = [candidate for rule in _RULES if (candidate := cls._by(rule, seen)) is not None]

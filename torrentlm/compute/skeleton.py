@@ -87,26 +87,33 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, device: torch.d
 
 
 def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    found: type[PreTrainedModel] | None = next(_model_classes(config), None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"transformers knows no model of type {config.model_type}; a newer transformers may, on every holder."
+        )
+    return found
+
+
+def _model_classes(config: PretrainedConfig) -> Iterator[Any]:
+    """The classes that fit a config, the best first."""
     if (own := own_class(config)) is not None:
-        return own
+        yield own
     for name in config.architectures or ():
         named = getattr(transformers, name, None) if name.isidentifier() else None
         if isinstance(named, type) and issubclass(named, PreTrainedModel):
-            return named
+            yield named
     for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModel):
         if type(config) in auto._model_mapping:
-            found = auto._model_mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
-    raise UnsupportedModelError(
-        f"transformers knows no model of type {config.model_type}; a newer transformers may, on every holder."
-    )
+            mapped = auto._model_mapping[type(config)]
+            yield mapped[0] if isinstance(mapped, tuple) else mapped
 
 
-class GhostProducts(TorchDispatchMode):
-    """In its ``with``, products with ghosts are zeros without any multiplication: analysing costs the same at any size."""
+class GhostProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """In its ``with``, products with ghosts are zeros, unmultiplied: analysing costs the same at any size."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._ghosts = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     @classmethod

@@ -99,8 +99,8 @@ class SpanRunner:
     ) -> SpanCache:
         """An empty cache for ``batch`` rows of at most ``max_length`` tokens.
 
-        Row r begins with ``pads[r]`` tokens of padding, or ends with as many if that is negative. Raises RefusedError if
-        these do not fit together.
+        Row r begins with ``pads[r]`` tokens of padding, or ends with as many if that is negative. Raises RefusedError
+        if these do not fit together.
         """
         pads = tuple(pads or [0] * batch)
         if batch < 1 or max_length < 1 or len(pads) != batch or not all(abs(pad) < max_length for pad in pads):
@@ -121,11 +121,10 @@ class SpanRunner:
         encoded = batch * source * (self.split.width or 0) * self.dtype.itemsize
         if self.split.replays:
             return encoded + (8 * batch * max_length if self.has_stem else 0)
-        states = [self.split.state[layer] for layer in self.layers]
-        numbers = sum(
-            state.per_token * max_length + state.per_source * source + state.per_row * (1 + SNAPSHOTS)
-            for state in states
-        )
+        numbers = 0
+        for state in (self.split.state[layer] for layer in self.layers):
+            growing = state.per_token * min(max_length, state.window or max_length) + state.per_row
+            numbers += growing * (1 if state.trims else 1 + SNAPSHOTS) + state.per_source * source
         return encoded + numbers * batch * self.dtype.itemsize
 
     def encoded(self, cache: SpanCache, source: int, tensors: Sequence[torch.Tensor]) -> Encoded:
@@ -170,13 +169,14 @@ class SpanRunner:
         Raises RemoteProtocolError if ``given`` is not what this span takes, RefusedError if the step is too long
         ("max_length") or fails ("internal"; the cache is lost then).
         """
-        point = self._check(cache, given, tokens)
+        last = want != Want.LOGITS_ALL
+        point = self._check(cache, given, tokens, last)
         logits = self.has_head and want in (Want.SAMPLE, Want.LOGITS_LAST, Want.LOGITS_ALL)
         with self._running, torch.inference_mode(), applied(adapter, self._model):
             if tokens == 0:
                 return self._nothing(cache.batch, logits)
             keep = 1
-            if want == Want.LOGITS_ALL:
+            if not last:
                 keep = tokens if self.split.replays and self.split.inputs.causal else 0
             try:
                 result = self._run(cache, point, given, logits, keep)
@@ -205,7 +205,7 @@ class SpanRunner:
             known[TokenIds()] = ids
         self._step = step = _Step(cache, point, logits, known)
         try:
-            made = getattr(self._runs(**self._arguments(cache, point, ids, keep)), self._output)
+            made = getattr(self._runs(**self._arguments(cache, point, ids)), self._output)
         except _Leave:
             wanted = self.split.borders[self.layers.stop].slots
             made = (step.known[slot] for slot in wanted)
@@ -216,7 +216,7 @@ class SpanRunner:
             cache.layered.grow_later(point.tokens, self.device)
         return result
 
-    def _arguments(self, cache: SpanCache, point: Point, ids: torch.Tensor, keep: int) -> dict[str, Any]:
+    def _arguments(self, cache: SpanCache, point: Point, ids: torch.Tensor) -> dict[str, Any]:
         names = self.split.inputs
         given: dict[str, Any] = {
             "positions": cache.position_ids[:, point.past : point.length],
@@ -225,10 +225,10 @@ class SpanRunner:
         }
         arguments = names.arguments(self._model, point, ids, cache.states, **given)
         if names.keep is not None:
-            arguments[names.keep] = keep
+            arguments[names.keep] = int(point.last)
         return arguments
 
-    def _check(self, cache: SpanCache, given: torch.Tensor | Border, tokens: int) -> Point:
+    def _check(self, cache: SpanCache, given: torch.Tensor | Border, tokens: int, last: bool) -> Point:
         """Where the step is, once it is clear that it fits."""
         if isinstance(given, Border) == self.has_stem:
             raise RemoteProtocolError("Token ids go to the holder of the stem, activations to the others.")
@@ -241,7 +241,9 @@ class SpanRunner:
             )
         past = 0 if self.split.replays else cache.length
         source = 0 if cache.encoded is None else cache.encoded.states.shape[1]
-        point = Point(cache.batch, cache.length + tokens - past, past, source)
+        if past and tokens > 1 and not self.split.chunks:
+            raise RefusedError("Behind its prompt this model takes one token at a time.", "bad_request")
+        point = Point(cache.batch, cache.length + tokens - past, past, source, last)
         if not isinstance(given, Border):
             self._check_ids(given, cache.batch, tokens)
         elif tokens:
@@ -353,8 +355,8 @@ _ANY_MODELS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError,
 
 @dataclass(slots=True)
 class _Step:
-    """What the swapped layers need to know of the running forward: where it is, whether the head's logits are wanted, the
-    border's tensors as far as they are known, and how many layer calls there have been.
+    """What the swapped layers need to know of the running forward: where it is, whether the head's logits are wanted,
+    the border's tensors as far as they are known, and how many layer calls there have been.
     """
 
     cache: SpanCache

@@ -1,7 +1,7 @@
 """Where a model can be cut, found by watching its own code run on ghosts. No architecture is known by name.
 
-A *part* of a model is the stem (what runs from the token ids to the first layer call), a layer call with the glue before
-it, or the head (what follows the last call). A *border* is what a part needs of all the parts before it.
+A *part* of a model is the stem (what runs from the token ids to the first layer call), a layer call with the glue
+before it, or the head (what follows the last call). A *border* is what a part needs of all the parts before it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from transformers.cache_utils import (
 
 from torrentlm.compute.border import BorderShape, Carried, Returned, Slot, TensorShape, TokenIds
 from torrentlm.compute.inputs import FILLER, Encoded, Inputs
-from torrentlm.compute.probe import Inside, MapEntry, Pass, Probe, SeenCarried, Weight, entries_of
+from torrentlm.compute.probe import Inside, Kept, MapEntry, Pass, Probe, SeenCarried, Weight, entries_of
 from torrentlm.compute.sizes import Point, Size
 from torrentlm.compute.skeleton import GhostProducts, build_skeleton, first_line
 from torrentlm.compute.stack import Stack, find_stacks
 from torrentlm.compute.values import Place
 from torrentlm.errors import UnsupportedModelError
 
-FIRST, SECOND, THIRD = Point(2, 5, source=11), Point(3, 7, source=6), Point(2, 10, source=8)
+FIRST, SECOND, THIRD = Point(2, 5, source=11, last=True), Point(3, 7, source=6), Point(2, 10, source=8)
 MORE, ONE = Point(2, 2, past=5, source=11), Point(3, 1, past=7, source=6)
 """The steps that are watched; MORE goes on behind FIRST, ONE behind SECOND. What differs tells the axes of a border."""
 
@@ -58,8 +58,9 @@ class CarriedValue:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a call keeps: the cache's entries that it writes to, and how many numbers per row and token, per row and token
-    that an encoder has read, and per row. ``trims``: whether it can be cut at any token.
+    """What a call keeps: the cache's entries that it writes to, and how many numbers per row and token, per row and
+    token that an encoder has read, and per row. ``trims``: whether it can be cut at any token; ``window``: how many
+    tokens are kept, None for all.
     """
 
     entries: tuple[int, ...] = ()
@@ -67,18 +68,20 @@ class State:
     per_source: int = 0
     per_row: int = 0
     trims: bool = True
+    window: int | None = None
 
 
 @dataclass(frozen=True)
 class Split:
     """How one model is cut into the stem, its layer calls and the head. Parameter names are the module tree's own.
 
-    ``module`` is the path of what is run, "" for the whole model. ``chunks``: whether a prompt may come in parts.
-    ``width``: of the encoder's hidden states that a decoder is given.
-    ``calls`` are the layer calls in order; a module may be called more than once. ``stem``, ``head`` and ``extra`` (one
-    entry per call) name what the part reads besides the weights under ``layer_prefix(call)``; persistent buffers count
-    as weights. ``tied`` pairs each alias with the canonical name of the same parameter; every other field uses canonical
-    names. ``borders[k]`` is what travels into call k, ``borders[layers]`` what travels into the head.
+    ``module`` is the path of what is run, "" for the whole model. ``chunks``: whether a prompt may come in parts, and
+    more than one token behind it at once.
+    ``width``: of the encoder's hidden states that a decoder is given. ``calls`` are the layer calls in order; a module
+    may be called more than once. ``stem``, ``head`` and ``extra`` (one entry per call) name what the part reads besides
+    the weights under ``layer_prefix(call)``; persistent buffers count as weights. ``tied`` pairs each alias with the
+    canonical name of the same parameter; every other field uses canonical names. ``borders[k]`` is what travels into
+    call k, ``borders[layers]`` what travels into the head.
 
     ``make_cache`` makes an empty cache of the model's own kind; None where every step replays the text.
     """
@@ -113,8 +116,8 @@ class Split:
         return f"{self.calls[layer].path}."
 
     def rewind(self, layers: Iterable[int]) -> Literal["trim", "snapshot", "replay"]:
-        """How the state of these layer calls goes back to an earlier token: by cutting it, by what was kept of the latest
-        steps, or not at all, since there is none and every step runs the whole text.
+        """How the state of these layer calls goes back to an earlier token: by cutting it, by what was kept of the
+        latest steps, or not at all, since there is none and every step runs the whole text.
         """
         if self.replays:
             return "replay"
@@ -128,9 +131,9 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What a recipe says where looking at the model is not enough. ``layer_stacks``: the path of the list of layers, of an
-    encoder-decoder the encoder's and the decoder's. ``encoder``: the model is called once for each text, though its class could generate. ``replay``: keep no state, run
-    the whole text in every step.
+    """What a recipe says where looking at the model is not enough. ``layer_stacks``: the path of the list of layers, of
+    an encoder-decoder the encoder's and the decoder's. ``encoder``: the model is called once for each text, though its
+    class could generate. ``replay``: keep no state, run the whole text in every step.
     """
 
     layer_stacks: tuple[str, ...] = ()
@@ -147,8 +150,8 @@ def analyse(config: PretrainedConfig, hints: Hints = Hints()) -> Split:
 
 
 def analyse_sides(config: PretrainedConfig, hints: Hints = Hints()) -> tuple[Split, ...]:
-    """Find the split of the model that ``config`` describes, of an encoder-decoder the encoder's and the decoder's; needs
-    no weights and next to no memory.
+    """Find the split of the model that ``config`` describes, of an encoder-decoder the encoder's and the decoder's;
+    needs no weights and next to no memory.
 
     Raises UnsupportedModelError, with the reason, for a model that cannot be cut exactly by these rules.
     """
@@ -207,14 +210,13 @@ def _best(
         if found and found[-1][0] == 0:
             break
     if not found:
-        assert problem is not None
-        raise problem
+        raise problem or UnsupportedModelError("This side of the model has no list of layers to cut it at.")
     return min(found, key=lambda entry: entry[0])[1]
 
 
 def _waste(model: nn.Module, split: Split) -> int:
-    """How many numbers the layers' blocks hold more than once, or have to compute with outside of their layers; more than
-    any of that where there is no cache.
+    """How many numbers the layers' blocks hold more than once, or have to compute with outside of their layers; more
+    than any of that where there is no cache.
     """
     sizes = {name: weight.numel() for name, weight in named_weights(model)}
     needed: dict[str, set[str]] = {}  # by module: what is called more than once is needed more than once by nature
@@ -276,14 +278,15 @@ class _Analysis:
         self._make_cache: Callable[[PretrainedConfig], Cache] | None = None
         self._states: list[State] = []
         if with_cache:
-            self._find_cache()
-            self._passes = [*self._with_cache(SECOND, ONE), *self._with_cache(FIRST, MORE)]
+            make = self._make_cache = self._find_cache()
+            self._passes = [*self._with_cache(make, SECOND, ONE), *self._with_cache(make, FIRST, MORE)]
+            self._chunks = self._goes_on_in_parts()
         else:
             self._passes = [self._run(point, None) for point in (FIRST, SECOND, THIRD)]
 
     def split(self) -> Split:
         self._require_alike()
-        probe, passes = self._probe, self._passes
+        passes = self._passes
         calls = tuple(
             Call(seen.path, seen.form, seen.maps, _shapes([(one.point, one.calls[number].tensors) for one in passes]))
             for number, seen in enumerate(passes[0].calls)
@@ -329,9 +332,11 @@ class _Analysis:
         )
         if use_cache:
             arguments["use_cache"] = True
+        if self._inputs.keep is not None:
+            arguments[self._inputs.keep] = int(point.last)
         return self._probe.run(point, arguments, self._inputs.ids, self._inputs.output)
 
-    def _find_cache(self) -> None:
+    def _find_cache(self) -> Callable[[PretrainedConfig], Cache]:
         """Which argument is the cache, and what makes one: seen from what the model makes when it is given none."""
         if not self._inputs.use_cache:
             raise UnsupportedModelError("The model keeps no state.")
@@ -341,22 +346,31 @@ class _Analysis:
             raise UnsupportedModelError("The model keeps its state in something else than one of transformers' caches.")
         name, cache = caches[0]
         self._inputs = replace(self._inputs, cache=name)
-        self._make_cache = _maker(cache)
+        return _maker(cache)
 
-    def _with_cache(self, *points: Point) -> list[Pass]:
-        assert self._make_cache is not None
-        cache = self._make_cache(self._model.config)
+    def _with_cache(self, make: Callable[[PretrainedConfig], Cache], *points: Point) -> list[Pass]:
+        cache = make(self._model.config)
         passes = []
         for point in points:
             try:
                 passes.append(self._run(point, cache))
             except UnsupportedModelError:
-                if point != MORE:
+                if point != MORE:  # where that fails, the model takes one token at a time behind a prompt
                     raise
-                self._chunks = False  # behind a prompt it takes one token at a time
             if not point.past:
                 self._measure(cache, point)
         return passes
+
+    def _goes_on_in_parts(self) -> bool:
+        """Whether several tokens behind a prompt read all the state that a single one reads."""
+
+        def kept(one: Pass) -> list[set[Kept]]:
+            named = (self._probe.sources.named(call.reads) for call in one.calls)
+            return [{source for source in sources if isinstance(source, Kept)} for sources in named]
+
+        single = next(one for one in self._passes if one.point == ONE)
+        several = next((one for one in self._passes if one.point == MORE), None)
+        return several is not None and all(few <= many for few, many in zip(kept(single), kept(several), strict=False))
 
     def _measure(self, cache: Cache, point: Point) -> None:
         """Who keeps what. The second time, sizes at two points tell what grows with the text."""
@@ -386,7 +400,9 @@ class _Analysis:
             trims = all(_trims(entries_of(cache)[index]) for index in kept)
             crossed = sum(_numel(_crossed(cache, index)) for index in kept)
             per_source = crossed // (point.batch * point.source) if point.source else 0
-            self._states.append(State(kept, per_token, per_source, per_row, trims))
+            windows = [getattr(entries_of(cache)[index], "sliding_window", None) for index in kept]
+            window = max((size or 0 for size in windows), default=0) if all(windows) else 0
+            self._states.append(State(kept, per_token, per_source, per_row, trims, window or None))
 
     # What was seen
 

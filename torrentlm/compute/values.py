@@ -77,8 +77,9 @@ def rebuild(tensors: Sequence[Any], form: Any, cache: Any) -> Any:
         case Form(kind, None, parts):
             items = [rebuild(tensors, part, cache) for part in parts]
             return kind(*items) if hasattr(kind, "_fields") else kind(items)
-        case Form(kind, keys, parts):
-            return kind(**dict(zip(keys, (rebuild(tensors, part, cache) for part in parts), strict=True)))
+        case Form(kind, tuple(keys), parts):
+            pairs = dict(zip(keys, (rebuild(tensors, part, cache) for part in parts), strict=True))
+            return pairs if kind is dict else kind(**pairs)
     return form
 
 
@@ -119,6 +120,6 @@ def replace_at(value: Any, replacements: Mapping[Place, Any]) -> Any:
 def mutable_maps(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Place, MutableMapping[Any, Any]]]:
     """The maps among a call's arguments that the layer could write to, with their places in (args, kwargs)."""
     for side, items in ((0, enumerate(args)), (1, kwargs.items())):
-        for key, item in items:  # type: ignore[attr-defined]
+        for key, item in items:
             if isinstance(item, MutableMapping) and not isinstance(item, ModelOutput):
                 yield (side, key), item

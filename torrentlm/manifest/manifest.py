@@ -89,11 +89,11 @@ class BlockEntry:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One run of blocks from a stem to a head: the whole model, or the encoder and then the decoder of one that has both.
+    """One run of blocks from a stem to a head: the whole model, or its encoder, or its decoder.
 
     ``layer_stack`` is the path of the list of layers in the module tree (several lists are joined by "+"), ``layers``
-    the number of layer calls, ``chunks`` whether a prompt may come in parts, ``encoder`` whether the model is called once
-    for each text.
+    the number of layer calls, ``chunks`` whether a prompt may come in parts, ``encoder`` whether the model is called
+    once for each text.
     """
 
     layer_stack: str
@@ -106,8 +106,8 @@ class Side:
 class Manifest:
     """What a model torrent's ``manifest.msgpack`` says. Blocks run in order: the stem, the layers, the head.
 
-    ``architecture`` is transformers' class name, ``dtype`` the weights' (safetensors' name). ``layouts`` are those of the
-    files, each once.
+    ``architecture`` is transformers' class name, ``dtype`` the weights' (safetensors' name). ``layouts`` are those of
+    the files, each once.
     """
 
     name: str
@@ -308,7 +308,9 @@ def _check(manifest: Manifest) -> None:
             raise ValueError("its layer stack is not a path in a module tree")
     check_file_names(manifest.files)
     kinds = "".join(block.kind[0] for block in manifest.blocks)
-    if not re.fullmatch(f"(sl+h){{{max(1, len(manifest.sides))}}}", kinds):
+    if [side.encoder for side in manifest.sides] not in ([False], [True], [True, False]):
+        raise ValueError("its sides are not one, or an encoder and a decoder")
+    if not re.fullmatch(f"(sl+h){{{len(manifest.sides)}}}", kinds):
         raise ValueError("its blocks are not a stem, layers and a head for each side")
     for number, side in enumerate(manifest.sides):
         blocks = manifest.side_blocks(number)

@@ -1,4 +1,4 @@
-"""Weights that no checkpoint holds, since the model's own code makes them and always the same: tables of sines and the like.
+"""Weights that no checkpoint holds, since the model's own code makes them, always the same: tables of sines and such.
 
 They are published like any other, so that holders need not know which these are.
 """
@@ -34,9 +34,18 @@ def made_by_model(skeleton: PreTrainedModel, missing: Iterable[str]) -> dict[str
         if name not in parameters or parameters[name].numel() > MAX_NUMBERS:
             continue
         one, other = (_initialised(skeleton, skeleton.get_submodule(path), key, seed) for seed in SEEDS)
-        if one is not None and other is not None and torch.equal(one, other) and one.unique().numel() > 2:
+        if (
+            one is not None
+            and other is not None
+            and torch.equal(one, other)
+            and len(set(one.flatten()[:1000].tolist())) > 2
+        ):
             made[name] = one
     return made
+
+
+def _says_something(values: torch.Tensor) -> bool:
+    return len(set(values.flatten()[:1000].tolist())) > 2
 
 
 def _initialised(skeleton: PreTrainedModel, module: nn.Module, key: str, seed: int) -> torch.Tensor | None:

@@ -61,8 +61,8 @@ def plan(
 ) -> Plan:
     """Distribute a checkpoint's tensors, named ``stored``, over blocks of at most ``layers_per_block`` layers.
 
-    ``weights`` are all names that the model itself has, aliases included. ``origins`` tells of every tensor to publish, by
-    the name to publish it under; without it the checkpoint names its tensors as the model does. Raises ArtifactError
+    ``weights`` are all names that the model itself has, aliases included. ``origins`` tells of every tensor to publish,
+    by the name to publish it under; without it the checkpoint names its tensors as the model does. Raises ArtifactError
     when a weight is missing, UnsupportedModelError when the checkpoint uses other names than the model.
     """
     if origins is None:
@@ -89,10 +89,10 @@ def plan(
             groups.setdefault((tuple(sorted(blocks)), name in layer_of), []).append(name)
     files: list[PlannedFile] = []
     used: list[list[int]] = [[] for _ in kinds]
-    for (blocks, in_layer), names in sorted(groups.items()):
+    for (sharing, in_layer), names in sorted(groups.items()):
         relative, pairs = _layer_names(names, layer_of) if in_layer else _other_names(names, sides[0])
         files.append(PlannedFile({relative[name]: origins[name].stored for name in names}, pairs))
-        for block in blocks:
+        for block in sharing:
             used[block].append(len(files) - 1)
     published = {origins[name].stored for name, blocks in readers.items() if blocks}
     return Plan(
@@ -105,7 +105,8 @@ def plan(
 def _match(
     origins: Mapping[str, Origin], stored: Collection[str], weights: Collection[str], split: Split
 ) -> dict[str, Origin]:
-    """The origins under canonical names, in the model's order as far as it has these; every weight of the model has one."""
+    """The origins under canonical names, in the model's order as far as it has these; every weight of the model has
+    one."""
     aliases = split.canonical
     found = {name: origins[name] for name in weights if name in origins and name not in aliases}
     for alias, canonical in split.tied:

@@ -89,9 +89,7 @@ def _publish(
     model = _understand(payload, recipe, stage.folder, allow_code)
     payload["config.json"] = to_json(model.settings)
     origins = _find_origins(source, model)
-    covered = {target for origin in origins.values() for target in origin.targets}
-    aliases = model.sides[0].canonical
-    if made := made_by_model(model.skeleton, sorted(set(model.shapes) - covered - set(aliases) - set(aliases.values()))):
+    if made := made_by_model(model.skeleton, _missing(origins, model)):
         source = WithMade(source, made)
         origins |= {name: Origin(name, (name,)) for name in made}
     planned = plan(source.tensors, model.shapes, model.sides, recipe.layers_per_block, origins)
@@ -145,7 +143,8 @@ def _understand(payload: Mapping[str, bytes], recipe: Recipe, staging: Path, all
 
 
 def _find_origins(source: Source, model: _Model) -> dict[str, Origin]:
-    """What becomes of the checkpoint's tensors, by the names to publish them under. Raises ArtifactError for a shape."""
+    """What becomes of the checkpoint's tensors, by the names to publish them under. Raises ArtifactError for a
+    shape."""
     origins: dict[str, Origin] = {}
     targets: dict[str, tuple[str, ...]] = {}
     for group, stored, name in published_names(model.skeleton, group_tensors(model.skeleton, source.tensors)):
@@ -161,6 +160,13 @@ def _find_origins(source: Source, model: _Model) -> dict[str, Origin]:
                     )
         origins[name] = Origin(stored, targets[group.target])
     return origins
+
+
+def _missing(origins: Mapping[str, Origin], model: _Model) -> list[str]:
+    """The model's weights that nothing in the checkpoint goes into, by their canonical names."""
+    canonical = model.sides[0].canonical
+    covered = {canonical.get(target, target) for origin in origins.values() for target in origin.targets}
+    return sorted({canonical.get(name, name) for name in model.shapes} - covered)
 
 
 def _require_space(store: Store, total: int) -> None:

@@ -16,7 +16,7 @@ from torrentlm.manifest.torrent import Torrent, multi_file, pieces_root
 from torrentlm.publish.source import Location, locate, unreadable
 from torrentlm.swarm.store import Store
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever the same source would be published as other bytes: records of earlier versions are then ignored."""
 
 

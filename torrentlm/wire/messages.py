@@ -144,8 +144,8 @@ class Open:
     """Client to holder: make room for a session on blocks ``first`` to ``last``. Answered by Opened or Fail.
 
     Steps are accepted from this pipe's peer and from the nodes in ``prev``; results go to ``next`` (None: back to the
-    client). ``next`` of the head's holder is the stem's holder, which it feeds with sampled tokens. ``pads``: padding per
-    row of the batch, before the text or, where negative, behind it; empty for none. ``source``: tokens per row that
+    client). ``next`` of the head's holder is the stem's holder, which it feeds with sampled tokens. ``pads``: padding
+    per row of the batch, before the text or, where negative, behind it; empty for none. ``source``: tokens per row that
     an encoder has read, for blocks of a decoder that is to be told of them by ``Encoded``.
     ``adapter``: apply what it has for these blocks, in this session only.
     """

@@ -11,7 +11,7 @@ from torrentlm.cli import commands as cli
 from torrentlm.cli.inspect import inspect_torrent
 from torrentlm.errors import ArtifactError
 from torrentlm.manifest.canonical import TensorSpec, layout, write
-from torrentlm.manifest.manifest import FILE_NAME, BlockEntry, BlockFile, FileEntry, Manifest
+from torrentlm.manifest.manifest import FILE_NAME, BlockEntry, BlockFile, FileEntry, Manifest, Side
 from torrentlm.manifest.torrent import Hasher, Torrent, multi_file, piece_length, single_file
 from torrentlm.records import Span
 
@@ -41,7 +41,7 @@ def manifest(torrent: Torrent) -> Manifest:
     layers = (BlockEntry("layers", Span(n, n), (BlockFile(0, (("", f"h.{n}."),)),)) for n in range(2))
     blocks = (BlockEntry("stem", None, shared), *layers, BlockEntry("head", None, shared))
     file = FileEntry(torrent.name, torrent.size, torrent.v1, torrent.v2, 0)
-    return Manifest("Tiny", "Any", "F32", "h", 2, blocks, (file,), (layout(TENSORS),))
+    return Manifest("Tiny", "Any", "F32", (Side("h", 2),), blocks, (file,), (layout(TENSORS),))
 
 
 def test_a_block_under_a_manifest_has_its_tensors_under_the_models_names(block: Path):

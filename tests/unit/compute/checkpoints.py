@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from torrentlm.compute.border import Logits, from_wire, pack, to_wire
+from torrentlm.compute.inputs import Encoded
 from torrentlm.compute.span import SpanRunner
-from torrentlm.compute.split import Split, analyse
+from torrentlm.compute.split import Hints, Split, analyse_sides, named_weights
 from torrentlm.manifest.canonical import TensorSpec, layout, write
+from torrentlm.publish.plan import Plan, PlannedBlock, plan
 from torrentlm.wire.messages import Want
+from torrentlm.wire.tensors import Tensor
 
 TINY = {
     "vocab_size": 101,
@@ -28,20 +40,32 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+CAUSAL, MASKED, SEQ2SEQ = AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-Files = list[tuple[Path, list[tuple[str, str]]]]
+
+def tiny_config(model_type: str = "llama", **settings: Any) -> PretrainedConfig:
+    return AutoConfig.for_model(model_type, **TINY | settings)
 
 
-def tiny(model_type: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
-    """A random model of a few layers whose greedy tokens vary from step to step."""
+def tiny(
+    model_type: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    auto: Any = CAUSAL,
+    scale: float = 0.3,
+    **settings: Any,
+) -> PreTrainedModel:
+    """A random model of a few layers whose greedy tokens vary from step to step; no weight is zero or one."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **TINY | settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = auto.from_config(tiny_config(model_type, **settings), dtype=dtype).eval()
+    model.config.architectures = [type(model).__name__]
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.3)
-    model.generation_config.eos_token_id = None
+                parameter.normal_(0, scale)
+            else:
+                parameter.add_(torch.rand(parameter.shape).to(dtype), alpha=0.1)
+    if model.can_generate():
+        model.generation_config.eos_token_id = None
     return model
 
 
@@ -49,7 +73,7 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, tokens: int, mask: torch.T
     """What transformers' ``generate`` adds to ``ids``, [batch, tokens]."""
     mask = torch.ones_like(ids) if mask is None else mask
     whole = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    return whole[:, ids.shape[1] :]
+    return whole[:, -tokens:]
 
 
 def prefill(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -60,65 +84,80 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Blocks:
-    """A model's block files, with the names that a manifest would list for each."""
+    """A model's block files, a layer call in each, as publishing would plan them."""
 
     config: PretrainedConfig
-    split: Split
-    stem: Files
-    layers: list[Files]
-    head: Files
+    sides: tuple[Split, ...]
+    planned: Plan
+    paths: list[Path]
 
-    def runner(self, first: int, last: int, dtype: torch.dtype = torch.float32, **ends: bool) -> SpanRunner:
+    @property
+    def split(self) -> Split:
+        return self.sides[0]
+
+    def runner(
+        self, first: int, last: int, dtype: torch.dtype = torch.float32, side: int = 0, **ends: bool
+    ) -> SpanRunner:
         """Stem and head come with the first and the last layer unless ``has_stem`` or ``has_head`` says otherwise."""
+        split = self.sides[side]
         stem = ends.get("has_stem", first == 0)
-        head = ends.get("has_head", last == self.split.layers - 1)
-        files = [file for layer in self.layers[first : last + 1] for file in layer]
-        files = [*(self.stem if stem else ()), *files, *(self.head if head else ())]
+        head = ends.get("has_head", last == split.layers - 1)
+        start = sum(before.layers + 2 for before in self.sides[:side])
+        numbers = [start + 1 + layer for layer in range(first, last + 1) if layer < split.layers]
+        numbers = [*([start] if stem else ()), *numbers, *([start + split.layers + 1] if head else ())]
         return SpanRunner(
-            self.config, self.split, first, last, has_stem=stem, has_head=head, weights=files, dtype=dtype
+            self.config,
+            split,
+            first,
+            last,
+            has_stem=stem,
+            has_head=head,
+            weights=self.files([self.planned.blocks[number] for number in numbers]),
+            dtype=dtype,
         )
 
-    def thirds(self, dtype: torch.dtype = torch.float32) -> list[SpanRunner]:
-        count = self.split.layers
-        cuts = [0, count // 3, 2 * count // 3, count]
-        return [self.runner(start, stop - 1, dtype) for start, stop in pairwise(cuts)]
+    def files(self, blocks: Sequence[PlannedBlock]) -> list[tuple[Path, tuple[tuple[str, str], ...]]]:
+        return [(self.paths[file], self.planned.files[file].names) for block in blocks for file in block.files]
+
+    def thirds(self, dtype: torch.dtype = torch.float32, side: int = 0) -> list[SpanRunner]:
+        count = self.sides[side].layers
+        cuts = sorted({0, count // 3, 2 * count // 3, count})
+        return [self.runner(start, stop - 1, dtype, side) for start, stop in pairwise(cuts)]
 
 
-def cut(model: PreTrainedModel, folder: Path) -> Blocks:
-    """Write a model's weights as canonical block files: one per layer, tied tensors in a file of their own."""
-    split = analyse(model.config)
-    weights = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in split.canonical}
-
-    def files(label: str, names: list[str], prefix: str = "") -> Files:
-        if not names:
-            return []
-        packed = {name.removeprefix(prefix): pack(weights[name]) for name in names}
+def cut(model: PreTrainedModel, folder: Path, hints: Hints | None = None) -> Blocks:
+    """Write a model's weights as canonical block files, planned as when a model is published."""
+    sides = analyse_sides(model.config, hints or Hints())
+    stored = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    planned = plan(stored, [name for name, _ in named_weights(model)], sides, 1)
+    paths = []
+    for number, file in enumerate(planned.files):
+        packed = {name: pack(stored[source]) for name, source in file.tensors.items()}
         target = layout(TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in packed.items())
-        path = folder / f"{label}.safetensors"
-        with path.open("wb") as sink:
-            write(target, lambda name: [packed[name].data], sink.write)
-        return [(path, [("", prefix)])]
+        paths.append(folder / f"{number}.safetensors")
+        with paths[-1].open("wb") as sink:
+            write(target, partial(_chunks, packed), sink.write)
+    return Blocks(model.config, sides, planned, paths)
 
-    shared = [name for name in split.stem if name in split.head]
-    common = files("shared", shared)
-    prefixes = [split.layer_prefix(layer) for layer in range(split.layers)]
-    own = [[name for name in weights if name.startswith(prefix)] for prefix in prefixes]
-    return Blocks(
-        model.config,
-        split,
-        stem=common + files("stem", [name for name in split.stem if name not in shared]),
-        layers=[files(f"layer-{i}", names, prefixes[i]) for i, names in enumerate(own)],
-        head=common + files("head", [name for name in split.head if name not in shared]),
-    )
+
+def _chunks(packed: Mapping[str, Tensor], name: str) -> list[memoryview]:
+    return [memoryview(packed[name].data)]
 
 
 class Chain:
     """Spans one after the other, as a session on several holders runs them; every border goes through its wire form."""
 
-    def __init__(self, runners: list[SpanRunner], batch: int, max_length: int, pads: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        runners: list[SpanRunner],
+        batch: int,
+        max_length: int,
+        pads: tuple[int, ...] = (),
+        encoded: Encoded | None = None,
+    ) -> None:
         self.runners = runners
         self.batch = batch
-        self.caches = [runner.open(batch, max_length, pads) for runner in runners]
+        self.caches = [runner.open(batch, max_length, pads, encoded) for runner in runners]
 
     def step(self, ids: torch.Tensor, want: Want = Want.LOGITS_LAST) -> torch.Tensor:
         """Logits, or the last hidden state where none are wanted."""

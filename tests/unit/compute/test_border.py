@@ -1,90 +1,28 @@
 from __future__ import annotations
 
-from typing import Any
-
-import msgpack
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from torrentlm.compute.border import (
+    ABSENT,
     ALIGNMENT,
     DTYPES,
     Border,
     BorderShape,
+    Carried,
     Logits,
-    flatten,
+    Returned,
+    TensorShape,
+    by_slot,
     from_wire,
     pack,
-    replace_at,
-    shape_of,
-    tensors_at,
+    to_dtype,
     to_wire,
     unpack,
 )
-from torrentlm.errors import RemoteProtocolError, UnsupportedModelError
+from torrentlm.compute.sizes import Point, Size
+from torrentlm.errors import RemoteProtocolError
 from torrentlm.wire.tensors import Tensor
-
-leaves = st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.text(max_size=3), st.just("tensor"))
-values = st.recursive(
-    leaves,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.lists(inner, max_size=3).map(tuple),
-        st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    ),
-    max_leaves=6,
-)
-
-
-def with_tensors(value: Any, made: list[torch.Tensor]) -> Any:
-    if value == "tensor":
-        made.append(torch.full((2,), float(len(made))))
-        return made[-1]
-    if isinstance(value, list | tuple):
-        return type(value)(with_tensors(item, made) for item in value)
-    if isinstance(value, dict):
-        return {key: with_tensors(item, made) for key, item in value.items()}
-    return value
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return one is other
-    if isinstance(one, list | tuple):
-        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, dict):
-        return type(other) is dict and list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    return type(one) is type(other) and one == other
-
-
-@given(values)
-def test_any_return_value_survives_the_journey(value: Any) -> None:
-    value = with_tensors(value, [])
-    border = Border.of(value)
-    tree = msgpack.unpackb(msgpack.packb(border.tree))
-    assert tree == border.tree
-    assert same(value, Border(border.tensors, tree).value)
-
-
-def test_what_cannot_travel_is_refused() -> None:
-    deep: Any = torch.zeros(1)
-    for _ in range(20):
-        deep = (deep,)
-    for value in (object(), {1: torch.zeros(1)}, deep):
-        with pytest.raises(UnsupportedModelError):
-            flatten(value)
-
-
-def test_tensors_are_found_and_replaced_in_a_call() -> None:
-    one, two = torch.zeros(1), torch.ones(1)
-    call = ((one, 3), {"pair": (two, None), "cache": object()})
-    assert [place for place, _ in tensors_at(call)] == [(0, 0), (1, "pair", 0)]
-    new = torch.full((1,), 2.0)
-    changed = replace_at(call, {(1, "pair", 0): new})
-    assert changed[1]["pair"][0] is new and changed[0][0] is one and changed[1]["cache"] is call[1]["cache"]
-    assert call[1]["pair"][0] is two
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -120,39 +58,83 @@ def test_bytes_that_do_not_fit_are_refused() -> None:
     assert unpack(Tensor("BOOL", (3,), b"\x00\x01\x7f")).tolist() == [False, True, True]
 
 
-def shape_seen(batch: int, tokens: int) -> BorderShape:
-    value = (torch.zeros(batch, tokens, 8), None, torch.zeros(4, tokens, dtype=torch.int64))
-    return shape_of(*flatten(value))
+HIDDEN = TensorShape((Size("batch", 1), Size("tokens", 1), Size(offset=8)), torch.float32)
+TABLE = TensorShape((Size(offset=4), Size("length", 1)), torch.int64)
+MASK = TensorShape((Size("?"),), torch.float32)
+SHAPE = BorderShape((Returned(0, 0), Returned(0, 1), Carried(1, (1, "mask"))), (HIDDEN, TABLE, MASK))
+POINT = Point(7, 1, past=2)
 
 
-def test_a_shape_for_all_sizes_from_two() -> None:
-    shape = BorderShape.between(shape_seen(2, 3), (2, 3), shape_seen(3, 5), (3, 5))
-    zeros = shape.at(7, 1).zeros(torch.bfloat16, torch.device("cpu"))
-    assert [tuple(tensor.shape) for tensor in zeros.tensors] == [(7, 1, 8), (4, 1)]
-    assert [tensor.dtype for tensor in zeros.tensors] == [torch.bfloat16, torch.int64]
-    shape.at(7, 1).check(zeros)
-    with pytest.raises(RemoteProtocolError):
-        shape.at(7, 2).check(zeros)
-    assert shape.tokens_of(zeros) == 1
-    assert isinstance(from_wire(*to_wire(zeros), shape.at(7, 1)), Border)
-    with pytest.raises(RemoteProtocolError):
-        from_wire(to_wire(zeros)[0][:1], zeros.tree, shape.at(7, 1))
+def test_a_border_for_any_step() -> None:
+    zeros = SHAPE.zeros(POINT, torch.bfloat16, torch.device("cpu"))
+    assert [tuple(tensor.shape) for tensor in zeros.tensors] == [(7, 1, 8), (4, 3), (0,)]
+    assert [tensor.dtype for tensor in zeros.tensors] == [torch.bfloat16, torch.int64, torch.bfloat16]
+    SHAPE.check(zeros, POINT)
+    back = from_wire(to_wire(zeros), ids=False)
+    assert isinstance(back, Border) and all(map(torch.equal, back.tensors, zeros.tensors))
 
 
-def test_growth_by_another_rule_is_refused() -> None:
-    small, large = shape_of([torch.zeros(6, 8)], None), shape_of([torch.zeros(15, 8)], None)
-    with pytest.raises(UnsupportedModelError):
-        BorderShape.between(small, (2, 3), large, (3, 5))
-    with pytest.raises(UnsupportedModelError):
-        BorderShape.between(small, (2, 3), small, (3, 5))
+def changed(number: int, tensor: torch.Tensor) -> Border:
+    tensors = list(SHAPE.zeros(POINT, torch.float32, torch.device("cpu")).tensors)
+    tensors[number] = tensor
+    return Border(tuple(tensors))
+
+
+@pytest.mark.parametrize(
+    "border",
+    [
+        Border(()),
+        Border(changed(0, torch.zeros(7, 1, 8)).tensors[:2]),
+        Border((*changed(0, torch.zeros(7, 1, 8)).tensors, torch.zeros(1))),
+        changed(0, torch.zeros(7, 2, 8)),
+        changed(0, torch.zeros(8, 1, 8)),
+        changed(0, torch.zeros(7, 1, 9)),
+        changed(0, torch.zeros(7, 1)),
+        changed(0, torch.zeros(7, 8)),
+        changed(0, torch.zeros(7, 1, 8, dtype=torch.int64)),
+        changed(0, torch.zeros(7, 1, 8, dtype=torch.bool)),
+        changed(0, ABSENT),
+        changed(1, torch.zeros(4, 3)),
+        changed(1, torch.zeros(4, 4, dtype=torch.int64)),
+        changed(1, ABSENT),
+        changed(2, torch.zeros(3, dtype=torch.int64)),
+        changed(2, torch.zeros(3, 3)),
+    ],
+)
+def test_a_border_of_another_shape_is_refused(border: Border) -> None:
+    with pytest.raises(RemoteProtocolError, match="due"):
+        SHAPE.check(border, POINT)
+
+
+@pytest.mark.parametrize(
+    "border",
+    [
+        changed(0, torch.zeros(7, 1, 8, dtype=torch.float16)),
+        changed(1, torch.zeros(4, 2, dtype=torch.int64)),  # cut to a window
+        changed(1, torch.zeros(4, 3, dtype=torch.int32)),
+        changed(2, torch.zeros(3)),
+        changed(2, ABSENT),
+    ],
+)
+def test_what_a_model_may_make_of_it(border: Border) -> None:
+    SHAPE.check(border, POINT)
+
+
+def test_what_the_stem_did_without_is_none() -> None:
+    hidden, table = torch.zeros(7, 1, 8), torch.zeros(4, 3, dtype=torch.int64)
+    known = by_slot(SHAPE, Border((hidden, table, ABSENT)))
+    assert known == {Returned(0, 0): hidden, Returned(0, 1): table, Carried(1, (1, "mask")): None}
+    half = to_dtype(Border((hidden, table, ABSENT)), torch.float16, torch.device("cpu"))
+    assert [tensor.dtype for tensor in half.tensors] == [torch.float16, torch.int64, torch.uint8]
+    assert to_dtype(half, torch.float16, torch.device("cpu")).tensors[0] is half.tensors[0]
 
 
 def test_ids_and_logits_on_the_wire() -> None:
-    ids = from_wire((pack(torch.tensor([[1, 2]], dtype=torch.int32)),), None, None)
+    ids = from_wire((pack(torch.tensor([[1, 2]], dtype=torch.int32)),), ids=True)
     assert isinstance(ids, torch.Tensor) and ids.tolist() == [[1, 2]]
-    with pytest.raises(RemoteProtocolError):
-        from_wire((pack(torch.zeros(1, 2)),), None, None)
-    with pytest.raises(RemoteProtocolError):
-        from_wire((), None, None)
-    tensors, tree = to_wire(Logits(torch.zeros(1, 1, 3)))
-    assert tensors[0].shape == (1, 1, 3) and tree is None
+    for tensors in ((pack(torch.zeros(1, 2)),), (), (pack(torch.tensor([[1]])),) * 2, (pack(torch.zeros(1).bool()),)):
+        with pytest.raises(RemoteProtocolError):
+            from_wire(tensors, ids=True)
+    assert isinstance(from_wire((pack(torch.tensor([[1, 2]])),), ids=False), Border)
+    [logits] = to_wire(Logits(torch.zeros(1, 1, 3)))
+    assert logits.shape == (1, 1, 3)

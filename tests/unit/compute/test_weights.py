@@ -77,7 +77,7 @@ def damage(path: Path, at: int, value: bytes) -> None:
 
 
 def test_broken_files_are_named(blocks: Blocks) -> None:
-    path = blocks.layers[1][0][0]
+    path = blocks.files(blocks.planned.blocks[2:3])[0][0]
     whole = path.read_bytes()
     for broken in (whole[:-4], whole[:20], b"", whole + b"1234"):
         path.write_bytes(broken)
@@ -93,14 +93,14 @@ def test_broken_files_are_named(blocks: Blocks) -> None:
 
 
 def test_a_file_without_what_the_model_needs(blocks: Blocks, tmp_path: Path) -> None:
-    path = blocks.layers[1][0][0]
+    path = blocks.files(blocks.planned.blocks[2:3])[0][0]
     write_file(path, {"mlp.up_proj.weight": torch.zeros(48, 32)})
     with pytest.raises(ArtifactError, match=r"lack the tensor model\.layers\.1\."):
         blocks.runner(0, 1)
-    stem = blocks.stem[0][0]
-    write_file(stem, {"model.embed_tokens.weight": torch.zeros(101, 31)})
+    stem = blocks.files(blocks.planned.blocks[:1])[0][0]
+    write_file(stem, {"embed_tokens.weight": torch.zeros(101, 31)})
     with pytest.raises(ArtifactError, match=r"\[101, 31\]"):
         blocks.runner(0, 0)
-    write_file(stem, {"model.embed_tokens.weight": torch.zeros(101, 32), "stray": torch.zeros(1)})
+    write_file(stem, {"embed_tokens.weight": torch.zeros(101, 32), "stray": torch.zeros(1)})
     with pytest.raises(ArtifactError, match="stray"):
-        Weights([(stem, [("model.", "model.")])], torch.float32, CPU)
+        Weights([(stem, [("embed", "model.embed")])], torch.float32, CPU)

@@ -5,16 +5,17 @@ Every message is encoded and decoded again on its way; what is left out is the g
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import trio
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from torrentlm.client.session import ChosenAdapter, RemoteSession, open_session
+from torrentlm.client.session import RemoteSession, open_session
 from torrentlm.compute.device import Device
 from torrentlm.config import Recipe
 from torrentlm.errors import NetworkError
@@ -167,23 +168,26 @@ async def session_on(
     batch: int = 1,
     max_length: int = 128,
     pads: tuple[int, ...] | None = None,
-    adapter: ChosenAdapter | None = None,
+    hops: Sequence[Hop] | None = None,
+    vocabulary: int = VOCABULARY,
+    **options: Any,
 ) -> AsyncIterator[RemoteSession]:
-    """A client's session through all of the chain."""
+    """A client's session through all of the chain, or through some of its hops."""
+    hops = chain.hops if hops is None else hops
     with single_error():
         async with trio.open_nursery() as nursery:
-            labels = [f"holder {index}" for index in range(len(chain.hops))]
+            labels = [f"holder {index}" for index in range(len(hops))]
             session = await open_session(
                 chain.outbox(CLIENT),
                 nursery,
                 model,
-                chain.hops,
+                hops,
                 labels,
                 batch=batch,
                 max_length=max_length,
-                vocabulary=VOCABULARY,
+                vocabulary=vocabulary,
                 pads=pads,
-                adapter=adapter,
+                **options,
             )
             try:
                 yield session

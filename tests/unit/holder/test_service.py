@@ -439,7 +439,7 @@ def test_a_step_broken_off_does_not_answer_the_next(tiny: Tiny, monkeypatch: pyt
 def test_close_overtakes_an_open_that_is_being_built(tiny: Tiny) -> None:
     async def body(chain: Chain) -> None:
         async with session_on(chain, tiny.id) as session:
-            opened = replace(session._open_message(0, tiny.id, (0,)), session=SessionId(b"o" * 16))
+            opened = replace(session._open_message(0, tiny.id, (0,), 0), session=SessionId(b"o" * 16))
         holder = chain.holders[chain.hops[0].node]
         await holder.handle(CLIENT, opened)
         await holder.handle(CLIENT, Close(opened.session))

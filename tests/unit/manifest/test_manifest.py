@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torrentlm.errors import ArtifactError
 from torrentlm.manifest import canonical
 from torrentlm.manifest.canonical import Layout, TensorSpec
-from torrentlm.manifest.manifest import MAX_TENSORS, BlockEntry, BlockFile, FileEntry, Manifest
+from torrentlm.manifest.manifest import MAX_TENSORS, BlockEntry, BlockFile, FileEntry, Manifest, Rewind, Side
 from torrentlm.records import Span
 
 EMBED = canonical.layout([TensorSpec("embed_tokens.weight", "BF16", (7, 4))])
@@ -38,7 +38,27 @@ def example(per_block: int = 2, layers: int = 5) -> Manifest:
     of_files = [EMBED, *(layers_layout(len(span)) for span in spans), HEAD]
     layouts = tuple(dict.fromkeys(of_files))
     files = tuple(file(number, layouts.index(layout), layout.size) for number, layout in enumerate(of_files))
-    return Manifest("A model", "LlamaForCausalLM", "F32", "model.layers", layers, tuple(blocks), files, layouts)
+    sides = (Side("model.layers", layers),)
+    return Manifest("A model", "LlamaForCausalLM", "F32", sides, tuple(blocks), files, layouts)
+
+
+def two_sided() -> Manifest:
+    """An encoder of two layers and a decoder of three, which share the embedding."""
+    shared = (BlockFile(0, (("", "shared."),)),)
+    blocks = [BlockEntry("stem", None, shared, "replay")]
+    for side, layers in (("encoder", 2), ("decoder", 3)):
+        if side == "decoder":
+            blocks.append(BlockEntry("stem", None, shared))
+        for layer in range(layers):
+            names = (("0.", f"{side}.block.{layer}."),)
+            rewind: Rewind = "replay" if side == "encoder" else "trim"
+            blocks.append(BlockEntry("layers", Span(layer, layer), (BlockFile(1 + layer, names),), rewind))
+        blocks.append(BlockEntry("head", None, (BlockFile(4, (("", f"{side}."),)),)))
+    of_files = [EMBED, *[layers_layout(1)] * 3, HEAD]
+    layouts = tuple(dict.fromkeys(of_files))
+    files = tuple(file(number, layouts.index(layout), layout.size) for number, layout in enumerate(of_files))
+    sides = (Side("encoder.block", 2, encoder=True), Side("decoder.block", 3, chunks=False))
+    return Manifest("A model", "Any", "F32", sides, tuple(blocks), files, layouts)
 
 
 def layers_layout(count: int) -> Layout:
@@ -50,7 +70,7 @@ def assert_canonical(manifest: Manifest) -> None:
     assert Manifest.from_bytes(encoded) == manifest
     assert Manifest.from_bytes(encoded).to_bytes() == encoded
     content = msgpack.unpackb(encoded)
-    for item in (content, *content["blocks"], *content["files"]):
+    for item in (content, *content["blocks"], *content["files"], *content["sides"]):
         assert list(item) == sorted(item)
 
 
@@ -82,12 +102,27 @@ def test_any_layouts_survive(tables: list[Layout], choice: list[int]) -> None:
     ]
     stem = BlockEntry("stem", None, (BlockFile(0, (("", ""),)),))
     head = BlockEntry("head", None, (BlockFile(len(files) - 1, (("", "x."),)),))
-    manifest = Manifest("A", "B", "F32", "h", len(blocks), (stem, *blocks, head), files, layouts)
+    manifest = Manifest("A", "B", "F32", (Side("h", len(blocks)),), (stem, *blocks, head), files, layouts)
     assert_canonical(manifest)
     for number in range(len(blocks)):
         assert manifest.block_tensors(number + 1) == tuple(
             replace(spec, name=f"h.{number}.{spec.name}") for spec in of_files[number + 1].specs
         )
+
+
+def test_two_sides() -> None:
+    manifest = two_sided()
+    assert_canonical(manifest)
+    assert (manifest.task, manifest.layers) == ("seq2seq", 5)
+    assert [manifest.side_blocks(side) for side in range(2)] == [Span(0, 3), Span(4, 8)]
+    assert [manifest.side_of(block) for block in range(9)] == [0] * 4 + [1] * 5
+    assert manifest.block_label(5) == "block 5 (layer 0)"
+    assert_canonical(with_side(layer_stack="model.attention+model.ffns"))
+
+
+def test_one_side_is_for_text_or_an_encoder() -> None:
+    assert (example().task, example().side_blocks(0), example().side_of(4)) == ("causal-lm", Span(0, 4), 0)
+    assert with_side(encoder=True).task == "encoder"
 
 
 def test_files_and_labels() -> None:
@@ -133,14 +168,29 @@ def block(number: int, **changes: object) -> Manifest:
     return replace(manifest, blocks=tuple(blocks))
 
 
+def with_side(**changes: object) -> Manifest:
+    return replace(example(), sides=(replace(example().sides[0], **changes),))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "manifest",
     [
         replace(example(), blocks=example().blocks[1:]),
         replace(example(), blocks=example().blocks[:-1]),
         replace(example(), blocks=()),
-        replace(example(), layers=4),
-        replace(example(), layers=6),
+        with_side(layers=4),
+        with_side(layers=6),
+        with_side(layers=-1),
+        with_side(chunks=1),
+        with_side(encoder=None),
+        replace(example(), sides=()),
+        replace(example(), sides=example().sides * 2),
+        replace(two_sided(), sides=two_sided().sides[:1]),
+        replace(two_sided(), sides=two_sided().sides[::-1]),
+        replace(two_sided(), sides=tuple(replace(side, encoder=False) for side in two_sided().sides)),
+        replace(two_sided(), sides=two_sided().sides[:1] * 3),
+        replace(two_sided(), blocks=two_sided().blocks[:4]),
+        replace(two_sided(), blocks=two_sided().blocks * 2, sides=two_sided().sides * 2),
         replace(example(), files=example().files[:-1]),
         replace(example(), files=(*example().files, file(9))),
         replace(example(), files=(*example().files[:-1], example().files[0])),
@@ -150,9 +200,11 @@ def block(number: int, **changes: object) -> Manifest:
         replace(example(), name=""),
         replace(example(), name="x" * 513),
         replace(example(), dtype="Q4"),
-        replace(example(), task="poetry"),
-        replace(example(), layer_stack="model..layers"),
-        replace(example(), layer_stack="a b"),
+        with_side(layer_stack="model..layers"),
+        with_side(layer_stack="a b"),
+        with_side(layer_stack="a++b"),
+        with_side(layer_stack="a+"),
+        block(1, rewind="backwards"),
         block(0, kind="layers"),
         block(0, layers=Span(0, 0)),
         block(1, layers=None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torrentlm.manifest import canonical
 from torrentlm.manifest.canonical import TensorSpec
-from torrentlm.manifest.manifest import BlockEntry, BlockFile, FileEntry, Manifest
+from torrentlm.manifest.manifest import BlockEntry, BlockFile, FileEntry, Manifest, Side
 from torrentlm.node.describe import describe_blocks
 from torrentlm.records import Span
 from torrentlm.route.registry import Snapshot
@@ -24,8 +24,7 @@ def manifest() -> Manifest:
         name="Tiny",
         architecture="Any",
         dtype="F32",
-        layer_stack="stack",
-        layers=2,
+        sides=(Side("stack", 2),),
         blocks=(
             BlockEntry("stem", None, (part(0, "embed."),)),
             BlockEntry("layers", Span(0, 0), (part(1, "stack.0."),)),

@@ -16,7 +16,7 @@ from tests.unit.publish.models import LAYERS, listing, read_back, same_tensors, 
 from torrentlm.config import Recipe
 from torrentlm.errors import ArtifactError, ConfigError, StorageError, UnsupportedModelError
 from torrentlm.manifest.canonical import read_canonical
-from torrentlm.manifest.manifest import Manifest
+from torrentlm.manifest.manifest import Manifest, Side
 from torrentlm.manifest.torrent import Torrent, pieces_root
 from torrentlm.publish import publish as publishing
 from torrentlm.publish.publish import publish
@@ -53,7 +53,8 @@ def test_every_tensor_arrives(tmp_path: Path, store: Store) -> None:
     assert same_tensors(read_back(published, store), model.state_dict())
     manifest = published.manifest
     assert (manifest.name, manifest.architecture, manifest.dtype) == ("A model!", "LlamaForCausalLM", "F32")
-    assert (manifest.layer_stack, manifest.layers) == ("model.layers", LAYERS)
+    assert (manifest.sides, manifest.task) == ((Side("model.layers", LAYERS),), "causal-lm")
+    assert {block.rewind for block in manifest.blocks} == {"trim"}
     assert [block.kind for block in manifest.blocks] == ["stem", *["layers"] * LAYERS, "head"]
     assert published.left_out == ()
     assert seen[0][:2] == (0, 1)

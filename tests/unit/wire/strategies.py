@@ -20,7 +20,6 @@ from torrentlm.wire.kinds import (
     Struct,
     TensorKind,
     Text,
-    Tree,
 )
 from torrentlm.wire.messages import SCHEMA, Message, Open
 from torrentlm.wire.tensors import ITEM_SIZES, Tensor
@@ -39,12 +38,6 @@ def tensors(draw: st.DrawFn) -> Tensor:
     repetitive = draw(st.booleans())  # so that some compress
     data = bytes([draw(st.integers(0, 255))]) * size if repetitive else draw(st.binary(min_size=size, max_size=size))
     return Tensor(dtype, shape, data)
-
-
-leaves = (
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | short_text | st.binary()
-)
-trees = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(short_text, inner), max_leaves=20)
 
 
 def of_kind(kind: Kind) -> st.SearchStrategy[Any]:
@@ -68,8 +61,6 @@ def of_kind(kind: Kind) -> st.SearchStrategy[Any]:
             return st.lists(of_kind(inner), max_size=min(limit, 4)).map(tuple)
         case TensorKind():
             return tensors()
-        case Tree():
-            return trees
         case Struct(record=record) if record is Span:
             return st.tuples(u16, u16).map(lambda pair: Span(min(pair), max(pair)))
         case Struct(record=record, fields=fields):
@@ -82,7 +73,7 @@ def _opens(draw: st.DrawFn) -> Open:
     values = {name: draw(of_kind(kind)) for name, kind in SCHEMA.structs[Open].fields}
     values["first"], values["last"] = sorted((values["first"], values["last"]))
     values["pads"] = (
-        tuple(draw(st.lists(st.integers(0, 9), min_size=n, max_size=n))) if (n := values["batch"]) < 9 else ()
+        tuple(draw(st.lists(st.integers(-9, 9), min_size=n, max_size=n))) if (n := values["batch"]) < 9 else ()
     )
     return Open(**values)
 

@@ -23,13 +23,13 @@ from torrentlm.wire.messages import (
     SCHEMA,
     Close,
     Contact,
+    Encoded,
     Fail,
     Generate,
     Halt,
     Message,
     NextHop,
     Open,
-    Output,
     Peers,
     Record,
     Renew,
@@ -47,6 +47,7 @@ from .strategies import messages, of_kind, of_message, tensors
 
 SESSION = SessionId(bytes(range(16)))
 NODE = NodeKey(bytes(32))
+OPEN = Open(SESSION, 0, bytes(32), 0, 1, (), None, 1, 1, 1)
 
 
 def encoded(message: Message) -> bytes:
@@ -142,9 +143,15 @@ def test_a_field_of_another_type_never_crashes(message: Message, data: st.DataOb
         Generate(SESSION, 0, 0, 1, stop=Stop(tokens=(1,) * 65)),
         step(want=9),
         step(reorder=(256,)),
-        step(tree=object()),
-        step(tree={1: 2}),
-        step(tree=[0] * 1025),
+        step(tokens=-1),
+        step(tokens=2**24),
+        step(tokens=None),
+        dataclasses.replace(OPEN, pads=(2**24,)),
+        dataclasses.replace(OPEN, pads=(-(2**24),)),
+        dataclasses.replace(OPEN, source=-1),
+        dataclasses.replace(OPEN, source=2**24),
+        Encoded(SESSION, (Tensor("U8", (0,), b""),) * 65),
+        Encoded(SESSION, [Tensor("U8", (0,), b"")]),  # type: ignore[arg-type]
         step(Tensor("F128", (), b"")),
         step(Tensor("F32", (2,), bytes(7))),
         step(Tensor("F32", (-1,), b"")),
@@ -155,7 +162,6 @@ def test_a_field_of_another_type_never_crashes(message: Message, data: st.DataOb
         Record(PeerRecord(NODE, bytes(31), 1)),
         Record(PeerRecord(NODE, bytes(32), 1, held=(Span(0, 65536),))),
         Record(PeerRecord(NODE, bytes(32), 1, held=(Span(0, 1),) * 257)),
-        Output(SESSION, 0, 0, (), tree=["x" * 200] * 100),  # the header would be too long
         NextHop(NODE, "host", 1, SESSION),
     ],
     ids=repr,
@@ -200,8 +206,8 @@ def nested(depth: int) -> bytes:
         sealed([9, SESSION, msgpack.ExtType(5, b"x")]),
         sealed(b"\x93\x0c\xa1\xff\xc0"),  # not UTF-8
         sealed([9, SESSION, 1] + [None] * MAX_HEADER),
-        sealed([3, SESSION, 1, bytes(32), 5, 4, [], None, 1, 1, 1, [], None]),  # blocks 5 to 4
-        sealed([3, SESSION, 1, bytes(32), 1, 4, [], None, 2, 1, 1, [0], None]),  # one pad for two rows
+        sealed([3, SESSION, 1, bytes(32), 5, 4, [], None, 1, 1, 1, [], 0]),  # blocks 5 to 4
+        sealed([3, SESSION, 1, bytes(32), 1, 4, [], None, 2, 1, 1, [0], 0]),  # one pad for two rows
         sealed([1, [NODE, bytes(32), 1, 0, [[2, 1]], [], [], "cpu", "F32", 0, 0.0, 0]]),  # a span backwards
     ],
 )
@@ -211,7 +217,7 @@ def test_hostile_messages_are_refused(data: bytes) -> None:
 
 
 def tensor_message(*entries: Any, payload: bytes = b"") -> bytes:
-    header = msgpack.packb([8, SESSION, 0, 0, list(entries), None])
+    header = msgpack.packb([8, SESSION, 0, 0, list(entries)])
     return sealed(header, bytes(-(2 + len(header)) % 8) + payload)
 
 
@@ -315,9 +321,8 @@ def test_numbers_of_dtypes_and_fail_codes_are_part_of_the_protocol() -> None:
     """Reordering either table changes the wire: raise the version and docs/protocol.md along with this test."""
     dtypes = "BOOL U8 I8 I16 U16 I32 U32 I64 U64 F16 BF16 F32 F64 F8_E4M3 F8_E5M2"
     assert " ".join(tensors_module.ITEM_SIZES) == dtypes
-    assert [record.__name__ for _, record in sorted(SCHEMA.messages.items())] == (
-        ["Record", "Peers", "Open", "Opened", "Generate", "Step", "Token", "Output", "Halt", "Renew", "Close", "Fail"]
-    )
+    names = "Record Peers Open Opened Generate Step Token Output Halt Renew Close Fail Encoded"
+    assert " ".join(record.__name__ for _, record in sorted(SCHEMA.messages.items())) == names
     assert len(FAIL_CODES) == 10
 
 
@@ -337,8 +342,10 @@ def test_the_smallest_header_lists_fit() -> None:
             256,
             1,
             1,
-            (2**24 - 1,) * 256,
+            (1 - 2**24,) * 256,
+            2**24 - 1,
         ),
+        step(*[Tensor("F32", (2**24, 0, 2**24, 2**24, 2**24, 2**24, 2**24, 2**24), b"")] * 64, reorder=(255,) * 256),
         Generate(SESSION, 0, 0, 1, stop=Stop((2**31 - 1,) * 64, ("s" * 256,) * 16)),
         Record(PeerRecord(NODE, bytes(32), 1, 0, *[(Span(60000, 65000),) * 256] * 3, device="d" * 64)),
         Token(SESSION, 0, 0, 0, (2**31 - 1,) * 256),
