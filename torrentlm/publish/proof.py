@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -125,32 +126,41 @@ class _Cut:
 
 
 def _cut(manifest: Manifest, paths: Mapping[str, Path], memory: int) -> list[_Cut]:
-    """Each side in at least ``PARTS`` parts of about equal size, or more, so that each takes at most ``memory`` bytes
-    of weights in F32 or is one block.
+    """Each side in ``PARTS`` parts; where its weights in F32 are more than ``memory`` bytes, in so many that each part
+    takes at most that or is one block.
     """
-
-    def size(span: Span) -> int:
-        """Bytes in F32, each file once; mapped ones, which need no conversion, count, too."""
-        layouts = (manifest.layouts[file.layout] for file in manifest.span_files(span.first, span.last))
-        return sum(math.prod(spec.shape) * 4 for layout in layouts for spec in layout.specs)
-
     cuts = []
     for side, entry in enumerate(manifest.sides):
         blocks = manifest.side_blocks(side)
-        streamed = size(blocks) > memory
-        limit = min(memory, size(blocks) // PARTS) if streamed else size(blocks) // PARTS
-        spans: list[Span] = []
-        for block in blocks:
-            joined = Span(spans[-1].first, block) if spans else Span(block, block)
-            enough = blocks.last - block + 1 > PARTS - len(spans)  # blocks for the parts that are still to come
-            if spans and enough and size(joined) <= limit:
-                spans[-1] = joined
-            else:
-                spans.append(Span(block, block))
+        size = _size(manifest, blocks)
+        streamed = size > memory
+        if streamed:
+            spans = _spans_within(manifest, blocks, min(memory, size // PARTS))
+        else:
+            ends = [blocks.first + len(blocks) * number // PARTS for number in range(PARTS + 1)]
+            spans = [Span(first, stop - 1) for first, stop in pairwise(ends)]
         layers = [manifest.blocks[block].layers for block in blocks]
         borders = [*(span.first for span in layers if span is not None), entry.layers]
         cuts.append(_Cut([part_of(manifest, span, paths) for span in spans], borders, streamed))
     return cuts
+
+
+def _spans_within(manifest: Manifest, blocks: Span, limit: int) -> list[Span]:
+    """``blocks`` in spans of at most ``limit`` bytes in F32, or of one block."""
+    spans = [Span(blocks.first, blocks.first)]
+    for block in range(blocks.first + 1, blocks.last + 1):
+        joined = Span(spans[-1].first, block)
+        if _size(manifest, joined) <= limit:
+            spans[-1] = joined
+        else:
+            spans.append(Span(block, block))
+    return spans
+
+
+def _size(manifest: Manifest, span: Span) -> int:
+    """Bytes of the weights in F32, each file once; mapped ones, which need no conversion, count, too."""
+    layouts = (manifest.layouts[file.layout] for file in manifest.span_files(span.first, span.last))
+    return sum(math.prod(spec.shape) * 4 for layout in layouts for spec in layout.specs)
 
 
 class _Run:
@@ -189,13 +199,13 @@ class _Run:
         """Rows of random token ids (always the same), and of the text, over and over if it is short: a prompt, and
         single tokens behind it where the model goes on.
         """
-        singles = (1 if cut.streamed else SINGLE) if split.inputs.causal else 0
-        length = PROMPT + singles
-        rows = [torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(length))]
+        most = PROMPT + SINGLE
+        rows = [torch.randint(0, vocabulary, (most,), generator=torch.Generator().manual_seed(0))]
         if self._text is not None and max(self._text) < vocabulary:
             self.took_text = True
-            rows.append(torch.tensor(self._text).repeat(-(-length // len(self._text)))[:length])
+            rows.append(torch.tensor(self._text).repeat(-(-most // len(self._text)))[:most])
         ids = torch.stack(rows)
+        length = PROMPT + (0 if not split.inputs.causal else 1 if cut.streamed else SINGLE)
         return [ids[:, :PROMPT], *(ids[:, at : at + 1] for at in range(PROMPT, length))]
 
     def _record(self, whole: Whole, split: Split, cut: _Cut, ids: torch.Tensor, room: int) -> None:
