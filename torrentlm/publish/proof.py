@@ -103,6 +103,7 @@ def prove(
         outcomes.append(_compare(dtype, run.found, run.expected, exact))
         if dtype == "F32":
             _require_good(outcomes[-1])
+    report(total, total)
     parts, streamed = sum(len(cut.parts) for cut in cuts), any(cut.streamed for cut in cuts)
     return Proof(parts, text is not None and run.took_text, streamed, tuple(outcomes), samples)
 

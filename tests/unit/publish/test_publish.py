@@ -60,7 +60,7 @@ def test_every_tensor_arrives(tmp_path: Path, store: Store) -> None:
     written = [step for step in seen if step[2] != "proof"]
     assert written[-1] == (manifest.size, manifest.size, "head")
     assert [done for done, *_ in written] == sorted(done for done, *_ in written)
-    assert seen[-1][2] == "proof" and seen[-1][1] == manifest.size
+    assert seen[-1] == (manifest.size, manifest.size, "proof")
 
 
 def test_what_lies_in_the_store(folder: Path, store: Store) -> None:
