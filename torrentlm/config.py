@@ -246,6 +246,7 @@ class NodeConfig:
     free one. ``threads`` None: one per core. ``lease``: seconds after which an idle session's memory is freed.
     ``allow_code``: hashes of the code of its own that a model may run here.
     ``adapters``: bytes of adapters that sessions may bring along, 0 to apply none.
+    ``recheck``: compare a block with a recorded sample before any is served.
     """
 
     data: Path = field(default_factory=default_data)
@@ -262,6 +263,7 @@ class NodeConfig:
     lease: float = 60.0
     allow_code: tuple[str, ...] = ()
     adapters: int = 0
+    recheck: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +303,7 @@ NODE_KEYS = {
     "lease": _SECONDS,
     "allow_code": _HASHES,
     "adapters": _BOUND,
+    "recheck": _FLAG,
 }
 TABLES: dict[str, tuple[str, ...]] = {
     "": ("magnet", "model", "adapter", "node"),

@@ -121,7 +121,7 @@ def _tensors_beside(path: Path, name: str, size: int) -> list[TensorSpec]:
 
 def _show(found: dict[str, Any]) -> None:
     """Plain values first, then a table for each list; lines stay whole, so that they can be copied and searched."""
-    plain = {name: value for name, value in found.items() if not isinstance(value, list | dict)}
+    plain = {name: value for name, value in found.items() if name == "proof" or not isinstance(value, list | dict)}
     click.echo(text.table([[name.replace("_", " "), _cell(name, value)] for name, value in plain.items()]))
     for name, rows in found.items():
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
@@ -136,6 +136,8 @@ def _short(cell: str) -> str:
 
 
 def _cell(name: str, value: Any) -> str:
+    if name == "proof":
+        return text.proof(value)
     if name == "size" or name.endswith("_bytes"):
         return text.size(value)
     if name == "tensors":  # of a block

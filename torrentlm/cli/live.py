@@ -51,6 +51,10 @@ def render(view: SwarmView) -> RenderableType:
     rows.add_column(style="dim")
     rows.add_column()
     rows.add_row("blocks", _blocks(view))
+    if view.proof:
+        rows.add_row("proof", Text(view.proof))
+    if view.warning:
+        rows.add_row("warning", Text(view.warning))
     if view.waiting:
         rows.add_row("waiting", Text(view.waiting))
     if view.what:

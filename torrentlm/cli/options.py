@@ -47,6 +47,11 @@ _HOLDING: tuple[Decorator, ...] = (
     click.option("--lease", type=float, metavar="SECONDS", help="How long a silent client's memory is kept."),
     _ALLOW_CODE,
     click.option(
+        "--recheck/--no-recheck",
+        default=None,
+        help="Compare a block with a recorded sample before serving any. [default: recheck]",
+    ),
+    click.option(
         "--adapters", metavar="SIZE", help="Apply adapters of sessions, and keep so much of them. [default: off]"
     ),
 )

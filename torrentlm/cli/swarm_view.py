@@ -27,6 +27,8 @@ class SwarmView:
     peers: dict[str, str] = field(default_factory=dict)
     sessions: int = 0
     waiting: str = ""
+    proof: str = ""
+    warning: str = ""
     ready: bool = False
     adapters: dict[str, str] = field(default_factory=dict)
 
@@ -47,6 +49,10 @@ class SwarmView:
             self.done, self.total = int(event.get("done", 0)), int(event.get("total", 0))
             self.rate = float(event.get("rate", 0.0))
             self.left = event.get("left_s")
+        elif kind == "published":
+            self.proof = text.proof(event["proof"]) if event.get("proof") else ""
+        elif kind == "rechecked":
+            self.warning = str(event.get("why", ""))
         elif kind == "ready":
             self.ready, self.what = True, ""
             self.blocks = list(event.get("blocks", []))
@@ -68,7 +74,10 @@ class SwarmView:
             case "published":
                 left_out = len(event.get("left_out", ()))
                 aside = f" (left out: {text.count(left_out, 'tensor')} that no block reads)" if left_out else ""
-                return f"Published {self.name}{aside}: {self.magnet}"
+                proof = f"\nProof: {self.proof}" if self.proof else ""
+                return f"Published {self.name}{aside}: {self.magnet}{proof}"
+            case "rechecked" if self.warning:
+                return f"Warning: {self.warning}"
             case "adapter":
                 return f"Published the adapter {event.get('name')}: {event.get('magnet')}"
             case "starting":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torrentlm.errors import ConfigError
 from torrentlm.records import spans_of
@@ -55,6 +56,25 @@ def blocks(numbers: Iterable[int]) -> str:
     if not numbers:
         return "no blocks"
     return f"{'block' if len(numbers) == 1 else 'blocks'} {', '.join(map(str, spans_of(numbers)))}"
+
+
+def proof(found: Mapping[str, Any] | None) -> str:
+    """What ``inspect --json`` has as ``proof``: ``exact in F32, BF16 within 0.4% (28 of 28 tokens agree), …``."""
+    if found is None:
+        return "unknown"
+    outcomes = ", ".join(_outcome(outcome) for outcome in found["outcomes"])
+    how = f"{count(found['parts'], 'part')}, {'real text' if found['text'] else 'random tokens'}"
+    said = f"; says {found['source']}" if "source" in found else ""
+    return f"{outcomes}; {how}; torch {found['torch']}, transformers {found['transformers']}{said}"
+
+
+def _outcome(outcome: Mapping[str, Any]) -> str:
+    dtype, agree = outcome["dtype"], f"{outcome['agreeing']} of {outcome['tokens']} tokens agree"
+    if outcome["exact"]:
+        return f"exact in {dtype}"
+    if outcome["good"]:
+        return f"{dtype} within {outcome['max_rel']:.1g} of the whole ({agree}; allowed {outcome['tolerance']:.1g})"
+    return f"{dtype} OFF by {outcome['max_rel']:.1g} of the whole ({agree}; allowed {outcome['tolerance']:.1g})"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,19 +12,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torrentlm.compute.border import DTYPES
+from torrentlm.compute.chain import hints_of, part_of
+from torrentlm.compute.samples import check
 from torrentlm.compute.skeleton import read_config
 from torrentlm.compute.span import SpanRunner
-from torrentlm.compute.split import Hints, Split, analyse_sides
+from torrentlm.compute.split import Split, analyse_sides
 from torrentlm.compute.tokenizer import load_tokenizer
 from torrentlm.errors import RefusedError
 from torrentlm.manifest.manifest import Manifest
+from torrentlm.manifest.sidecar import Sidecar
 from torrentlm.records import Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+RECHECK_BLOCKS = 3
+"""Blocks that are compared with a recorded sample before they are said to be wrong."""
 MAX_RUNNERS = 8
 """Routes may use different parts of the span; each part has a runner of its own, on the same mapped files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rechecked:
+    """``share`` of the values that ``block`` computes differ from the recorded ones; ``good``: no more than may."""
+
+    block: int
+    share: float
+    good: bool
 
 
 class HeldModel:
@@ -89,34 +104,31 @@ class HeldModel:
         """How the side that a block belongs to is cut."""
         return self._sides[self.manifest.side_of(block)]
 
+    def recheck(self, sidecar: Sidecar) -> Rechecked | None:
+        """Compare one block with what the sidecar recorded; None if it has nothing for any block here. Blocks.
+
+        Only where a block differs others are tried, and one that does not is enough: in low precision a block may round
+        a token to another side, but wrong code computes every block wrong.
+        """
+        found = None
+        tried = 0
+        for block in sorted(self.span, key=lambda block: self.manifest.blocks[block].kind != "layers"):
+            side = self.manifest.side_of(block)
+            if side >= len(sidecar.samples):
+                continue
+            checked = check(self._build(Span(block, block)), sidecar.samples[side])
+            if checked is not None:
+                tried += 1
+                found = Rechecked(block, checked.share, checked.good) if found is None or checked.good else found
+                if checked.good or tried == RECHECK_BLOCKS:
+                    break
+        return found
+
     def _build(self, span: Span) -> SpanRunner:
         manifest = self.manifest
         if manifest.side_of(span.first) != manifest.side_of(span.last):
             raise RefusedError(
                 f"blocks {span} belong to the encoder and the decoder: a hop has those of one", "no_block"
             )
-        split = self.split_of(span.first)
-        entries = manifest.blocks[span.first : span.last + 1]
-        layers = [entry.layers for entry in entries if entry.layers is not None]
-        files = [(self._paths[manifest.files[used.file].name], used.names) for entry in entries for used in entry.files]
-        # A span of the stem alone ends before layer 0, one of the head alone begins behind the last.
-        first = layers[0].first if layers else (0 if entries[0].kind == "stem" else split.layers)
-        last = layers[-1].last if layers else first - 1
-        return SpanRunner(
-            self._config,
-            split,
-            first,
-            last,
-            has_stem=entries[0].kind == "stem",
-            has_head=entries[-1].kind == "head",
-            weights=files,
-            dtype=DTYPES[self.precision],
-            device=self.device,
-        )
-
-
-def hints_of(manifest: Manifest) -> Hints:
-    """What the publisher's analysis found, for that of a holder, which may run another version of this program."""
-    stacks = tuple(side.layer_stack for side in manifest.sides)
-    replay = manifest.blocks[-1].rewind == "replay"  # an encoder keeps no state anyway
-    return Hints(stacks, encoder=manifest.task == "encoder", replay=replay)
+        part = part_of(manifest, span, self._paths)
+        return part.runner(self._config, self.split_of(span.first), DTYPES[self.precision], self.device)

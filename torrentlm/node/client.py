@@ -55,7 +55,7 @@ class SwarmClient:
         return describe_network(self.node, self.membership)
 
     async def inspect(self) -> dict[str, Any]:
-        return describe_model(self.membership)
+        return describe_model(self.membership, await self.membership.sidecars.find())
 
 
 @asynccontextmanager

@@ -17,6 +17,8 @@ from torrentlm.holder.model import HeldModel
 from torrentlm.holder.service import Holder, Outbox
 from torrentlm.node.membership import Membership
 from torrentlm.node.memory import computing_dtype, kv_budget
+from torrentlm.node.parts import Say
+from torrentlm.node.recheck import recheck
 from torrentlm.records import NodeKey, Span
 
 MAX_DEVICE_NAME = 40
@@ -26,7 +28,13 @@ class Computing:
     """One device and the holder that uses it. ``changed`` is called whenever a session opens or ends."""
 
     def __init__(
-        self, key: NodeKey, config: NodeConfig, outbox: Outbox, changed: Callable[[], None], adapters: Adapters
+        self,
+        key: NodeKey,
+        config: NodeConfig,
+        outbox: Outbox,
+        changed: Callable[[], None],
+        adapters: Adapters,
+        say: Say,
     ) -> None:
         self.device = Device(threads=config.threads)
         self.holder = Holder(
@@ -39,11 +47,12 @@ class Computing:
             changed=changed,
         )
         self._config = config
+        self._say = say
 
     async def load(self, membership: Membership, span: Span) -> None:
-        """Load blocks whose files are here, serve them, and tell everybody.
+        """Load blocks whose files are here, check one of them, serve them, and tell everybody.
 
-        Raises ArtifactError, UnsupportedModelError.
+        Raises ArtifactError, UnsupportedModelError, StorageError.
         """
         model = await trio.to_thread.run_sync(
             HeldModel,
@@ -56,6 +65,8 @@ class Computing:
             self.device.torch_device,
             self._config.allow_code,
         )
+        if self._config.recheck:
+            await recheck(model, membership.sidecars, self._say)
         # What was loaded stays: the collector need not walk through it again and again between tokens.
         gc.collect()
         gc.freeze()

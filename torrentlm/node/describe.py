@@ -10,9 +10,10 @@ from torrentlm.route.registry import Snapshot
 if TYPE_CHECKING:
     from torrentlm.node.membership import Membership
     from torrentlm.node.node import Node
+    from torrentlm.node.sidecars import Found
 
 
-def describe_model(membership: Membership) -> dict[str, Any]:
+def describe_model(membership: Membership, proof: Found | None) -> dict[str, Any]:
     """What ``torrentlm inspect --json`` prints for a model."""
     manifest = membership.manifest
     snapshot = membership.snapshot()
@@ -27,6 +28,7 @@ def describe_model(membership: Membership) -> dict[str, Any]:
         "size": manifest.size,
         "peers_known": snapshot.known,
         "peers_answered": snapshot.answered,
+        "proof": None if proof is None else proof.described(),
         "blocks": describe_blocks(manifest, snapshot),
     }
 

@@ -23,6 +23,7 @@ from torrentlm.node.fetch import BlockFiles, say_waiting
 from torrentlm.node.memory import WEIGHTS_SHARE, computing_dtype, weights_budget, weights_bytes
 from torrentlm.node.parts import Parts
 from torrentlm.node.peers import ModelPeers
+from torrentlm.node.sidecars import Sidecars
 from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord, Span
 from torrentlm.route.assign import choose_span, copies
 from torrentlm.route.registry import Snapshot
@@ -58,9 +59,15 @@ class Membership:
         self.peers = ModelPeers(
             parts, self._hashes, PeerRecord(node=parts.key, model=self.id, port=parts.gateway.endpoint.port)
         )
+        self.sidecars = Sidecars(parts, self.id, self._worth_asking)
 
     def snapshot(self) -> Snapshot:
         return self.peers.snapshot()
+
+    def _worth_asking(self) -> list[NodeKey]:
+        """Peers that are connected, those first that compute this model."""
+        candidates = sorted(self.snapshot().candidates, key=lambda peer: (not peer.resident, not peer.has_blocks))
+        return [peer.node for peer in candidates]
 
     def blame(self, node: NodeKey) -> None:
         """A holder failed: routes avoid it for a while."""

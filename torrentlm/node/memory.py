@@ -6,9 +6,8 @@ The budget ``vram`` is for an accelerator's memory; blocks are computed on the p
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 
+from torrentlm.compute.machine import available_memory
 from torrentlm.config import NodeConfig
 from torrentlm.manifest.adapter import AdapterManifest
 from torrentlm.manifest.canonical import DTYPE_BYTES, FLOATING, TensorSpec
@@ -20,19 +19,8 @@ MACHINE_SHARE = 0.6
 """Of the memory that is available at the start, where no budget is configured."""
 
 
-def available() -> int:
-    """Bytes that the machine could give to a new program now."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // 2
-
-
 def budget(config: NodeConfig) -> int:
-    return int(available() * MACHINE_SHARE) if config.ram is None else config.ram
+    return int(available_memory() * MACHINE_SHARE) if config.ram is None else config.ram
 
 
 def weights_budget(config: NodeConfig) -> int:

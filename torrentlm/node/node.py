@@ -3,6 +3,7 @@
 ::
 
     pipe ──▶ Record, Peers ─────────────▶ Membership.peers
+         ──▶ AskSidecar, SidecarBytes ──▶ Membership.sidecars
          ──▶ a handle a client listens to ─▶ that client's session
          ──▶ everything else ────────────▶ Holder ──▶ next holder's pipe, or this node again
 """
@@ -34,7 +35,19 @@ from torrentlm.swarm.session import Swarm
 from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP
 from torrentlm.swarm.store import Store
 from torrentlm.wire.frames import ByeCode
-from torrentlm.wire.messages import Fail, Message, NextHop, Open, Opened, Output, Peers, Record, Token
+from torrentlm.wire.messages import (
+    AskSidecar,
+    Fail,
+    Message,
+    NextHop,
+    Open,
+    Opened,
+    Output,
+    Peers,
+    Record,
+    SidecarBytes,
+    Token,
+)
 
 if TYPE_CHECKING:
     from torrentlm.node.computing import Computing
@@ -84,7 +97,8 @@ class Node:
         """The computing part, started when first needed."""
         if self._computing is None:
             make = await trio.to_thread.run_sync(_import_computing)
-            self._computing = make(self.key, self.parts.config, self, self._sessions_changed, self.adapters)
+            parts = self.parts
+            self._computing = make(self.key, parts.config, self, self._sessions_changed, self.adapters, parts.say)
             await self._nursery.start(self._computing.holder.run)
         return self._computing
 
@@ -162,6 +176,10 @@ class Node:
         if isinstance(message, Record | Peers):
             for membership in self.memberships.values():
                 membership.peers.hear(sender, message)
+            return
+        if isinstance(message, AskSidecar | SidecarBytes):
+            for membership in self.memberships.values():
+                membership.sidecars.hear(sender, message, self._nursery)
             return
         if isinstance(message, Opened | Token | Output | Fail) and (
             inbox := self._listeners.get((message.session, sender))

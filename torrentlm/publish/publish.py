@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from torrentlm.compute.conversion import group_tensors, published_names
 from torrentlm.compute.skeleton import build_skeleton, read_config
@@ -34,6 +34,7 @@ from torrentlm.publish.convert import TORCH_DTYPES, converted
 from torrentlm.publish.made import WithMade, made_by_model
 from torrentlm.publish.payload import to_json
 from torrentlm.publish.plan import Origin, Plan, plan
+from torrentlm.publish.proof import prove
 from torrentlm.publish.published import Progress, Published, look_up, recall, remember
 from torrentlm.publish.random_weights import RandomWeights
 from torrentlm.publish.source import Location, Source
@@ -54,18 +55,24 @@ def publish(
     interrupted is taken up where it was: complete files are not written again.
     """
     location, record = look_up(recipe, store.data)
+    progress = progress or _silent
     if known := recall(record, store):
-        return known
+        return known if known.sidecar is not None else _prove_again(known, store, progress, allow_code)
     with staging(store, f"{record.name} {recipe.allow_nan}") as stage:
-        published = _publish(recipe, location, store, stage, progress or (lambda done, total, what: None), allow_code)
+        published = _publish(recipe, location, store, stage, progress, allow_code)
         remember(record, published.model.v2)
         return published
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """For those who do not watch."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
     """What config.json says the model is; ``settings`` are the published config.json's."""
 
+    config: PretrainedConfig
     skeleton: PreTrainedModel
     shapes: Mapping[str, tuple[int, ...]]
     sides: tuple[Split, ...]
@@ -105,7 +112,34 @@ def _publish(
     manifest = _manifest(recipe.name, model, dtype, planned, layouts, torrents)
     distinct = tuple({torrent.name: torrent for torrent in torrents}.values())
     finiteness.tell()
-    return _move_in(manifest, distinct, payload, store, stage.folder, planned.left_out)
+    torrent, folder = _stage_model(manifest, distinct, payload, stage.folder)
+    paths = {torrent.name: _path_of(torrent, store, stage.folder) for torrent in distinct}
+    report = _proving(progress, manifest.size)
+    sidecar = prove(manifest, model.config, folder, paths, sides=model.sides, report=report).sidecar(torrent.v2)
+    _move_in(torrent, distinct, folder, store, stage.folder)
+    store.save_sidecar(torrent.v2, sidecar.to_bytes())
+    folder = store.model_folder(torrent.v2) / torrent.name
+    return Published(manifest, torrent, distinct, folder, planned.left_out, sidecar)
+
+
+def _prove_again(known: Published, store: Store, progress: Progress, allow_code: Collection[str]) -> Published:
+    """For what was published without a proof, or lost it."""
+    config = read_config(known.folder, allow_code)
+    paths = {torrent.name: store.path(torrent.name) for torrent in known.torrents}
+    report = _proving(progress, known.manifest.size)
+    sidecar = prove(known.manifest, config, known.folder, paths, report=report).sidecar(known.model.v2)
+    store.save_sidecar(known.model.v2, sidecar.to_bytes())
+    return replace(known, sidecar=sidecar)
+
+
+def _proving(progress: Progress, size: int) -> Callable[[int, int], None]:
+    """Parts proven as bytes of ``size``."""
+    return lambda done, total: progress(size * done // total, size, "proof")
+
+
+def _path_of(torrent: Torrent, store: Store, staging: Path) -> Path:
+    staged = staging / torrent.name
+    return staged if staged.exists() else store.path(torrent.name)
 
 
 def _open(location: Location, recipe: Recipe) -> Source:
@@ -139,7 +173,7 @@ def _understand(payload: Mapping[str, bytes], recipe: Recipe, staging: Path, all
         settings["dtype"] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
     hints = Hints(recipe.layer_stacks, encoder=recipe.task == "encoder", replay=recipe.replay)
     shapes = {name: tuple(weight.shape) for name, weight in named_weights(skeleton)}
-    return _Model(skeleton, shapes, analyse_sides(config, hints), settings)
+    return _Model(config, skeleton, shapes, analyse_sides(config, hints), settings)
 
 
 def _find_origins(source: Source, model: _Model) -> dict[str, Origin]:
@@ -248,15 +282,10 @@ def _manifest(
     )
 
 
-def _move_in(
-    manifest: Manifest,
-    torrents: tuple[Torrent, ...],
-    payload: Mapping[str, bytes],
-    store: Store,
-    staging: Path,
-    left_out: tuple[str, ...],
-) -> Published:
-    """Make the model torrent, and move everything that is staged to where the store has it."""
+def _stage_model(
+    manifest: Manifest, torrents: tuple[Torrent, ...], payload: Mapping[str, bytes], staging: Path
+) -> tuple[Torrent, Path]:
+    """The model torrent, and the folder with its content."""
     files = {**payload, FILE_NAME: manifest.to_bytes()}
     files |= {f"blocks/{torrent.name}.torrent": torrent.to_bytes() for torrent in torrents}
     model = multi_file(safe_name(manifest.name), files)
@@ -264,6 +293,11 @@ def _move_in(
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
+    return model, root
+
+
+def _move_in(model: Torrent, torrents: tuple[Torrent, ...], root: Path, store: Store, staging: Path) -> None:
+    """Move everything that is staged to where the store has it."""
     for torrent in torrents:
         if (staged := staging / torrent.name).exists():
             staged.replace(store.path(torrent.name))
@@ -272,4 +306,3 @@ def _move_in(
     shutil.rmtree(folder, ignore_errors=True)
     root.parent.replace(folder)
     store.save_torrent(model.v2, model.to_bytes())
-    return Published(manifest, model, torrents, folder / model.name, left_out)

@@ -12,6 +12,7 @@ from torrentlm.config import Recipe
 from torrentlm.errors import ArtifactError
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import FILE_NAME, Manifest
+from torrentlm.manifest.sidecar import Sidecar
 from torrentlm.manifest.torrent import Torrent, multi_file, pieces_root
 from torrentlm.publish.source import Location, locate, unreadable
 from torrentlm.swarm.store import Store
@@ -25,6 +26,7 @@ class Published:
     """A model in the store: its torrent ``model`` with the files in ``folder``, and the torrents of ``manifest.files``.
 
     ``left_out`` names the checkpoint's tensors that no block reads; empty when an earlier run published the model.
+    ``sidecar`` says how its split was proven; None where that is not known any more.
     """
 
     manifest: Manifest
@@ -32,6 +34,7 @@ class Published:
     torrents: tuple[Torrent, ...]
     folder: Path
     left_out: tuple[str, ...] = ()
+    sidecar: Sidecar | None = None
 
     @property
     def magnet(self) -> Magnet:
@@ -46,11 +49,12 @@ What it raises ends the publishing, cleanly.
 
 
 def recognise(recipe: Recipe, store: Store) -> Published | None:
-    """What an earlier run published from this recipe, if all of it is still there and unchanged.
+    """What an earlier run published from this recipe, if all of it is still there and unchanged, its proof included.
 
     Raises ConfigError (no such source), ArtifactError.
     """
-    return recall(look_up(recipe, store.data)[1], store)
+    known = recall(look_up(recipe, store.data)[1], store)
+    return known if known is not None and known.sidecar is not None else None
 
 
 def look_up(recipe: Recipe, data: Path) -> tuple[Location, Path]:
@@ -137,4 +141,13 @@ def load(v2: bytes, store: Store) -> Published | None:
         return None
     if not all(store.holds(file.name) for file in manifest.files):
         return None
-    return Published(manifest, model, torrents, folder)
+    return Published(manifest, model, torrents, folder, sidecar=own_sidecar(v2, store))
+
+
+def own_sidecar(v2: bytes, store: Store) -> Sidecar | None:
+    """The sidecar that this node made for the model; None if there is none that can be used. Raises StorageError."""
+    data = store.load_sidecar(v2)
+    try:
+        return None if data is None else Sidecar.from_bytes(data, v2)
+    except ArtifactError:
+        return None

@@ -76,4 +76,5 @@ def published_event(published: Published) -> dict[str, Any]:
         "magnet": str(published.magnet),
         "size": published.manifest.size,
         "left_out": list(published.left_out),
+        "proof": None if published.sidecar is None else published.sidecar.described(),
     }

@@ -10,6 +10,7 @@
     <data>/models/<v2 hex>/  the content of a model's torrent, or of a published adapter's
     <data>/torrents/         <v2 hex>.torrent of these
     <data>/adapters/         adapters that sessions brought along, while the node runs (node/adapters.py)
+    <data>/sidecars/         <v2 hex> of models proven here, <v2 hex>.heard of others
 
 A block file counts as here only while its verified record matches what is on disk: fetched in part, cut short or
 touched since, it is checked again before it is served or loaded.
@@ -215,6 +216,22 @@ class Store:
         path = self.torrents / f"{v2.hex()}.torrent"
         with _storage_errors(path):
             return path.read_bytes() if path.is_file() else None
+
+    def save_sidecar(self, v2: bytes, sidecar: bytes, *, heard: bool = False) -> None:
+        """Keep the sidecar of the model with this v2 info-hash: made here, or ``heard`` of a peer."""
+        path = self._sidecar(v2, heard)
+        with _storage_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            _write_atomically(path, sidecar, durable=False)
+
+    def load_sidecar(self, v2: bytes, *, heard: bool = False) -> bytes | None:
+        """What ``save_sidecar`` kept; None if there is none, or if something else lies there."""
+        path = self._sidecar(v2, heard)
+        with _storage_errors(path):
+            return path.read_bytes() if path.is_file() and path.stat().st_size <= _MAX_JSON else None
+
+    def _sidecar(self, v2: bytes, heard: bool) -> Path:
+        return self.data / "sidecars" / f"{v2.hex()}{'.heard' if heard else ''}"
 
     # -- inner workings
 

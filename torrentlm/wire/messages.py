@@ -294,7 +294,40 @@ class Fail:
     block: Annotated[int | None, Optional(_block)] = None
 
 
-Message = Record | Peers | Open | Opened | Generate | Step | Token | Output | Halt | Renew | Close | Fail | Encoded
+@dataclass(frozen=True, slots=True)
+class AskSidecar:
+    """For the sidecar of a model: how its split was proven, and samples to check blocks against.
+
+    Answered by SidecarBytes."""
+
+    model: Annotated[bytes, Bytes(32)]
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarBytes:
+    """The answer: U8 [n], a sidecar as its sender has it (n = 0: it has none)."""
+
+    model: Annotated[bytes, Bytes(32)]
+    content: Annotated[Tensor, TensorKind()]
+
+
+Message = (
+    Record
+    | Peers
+    | Open
+    | Opened
+    | Generate
+    | Step
+    | Token
+    | Output
+    | Halt
+    | Renew
+    | Close
+    | Fail
+    | Encoded
+    | AskSidecar
+    | SidecarBytes
+)
 
 SCHEMA = Schema(
     {
@@ -311,6 +344,8 @@ SCHEMA = Schema(
         11: Close,
         12: Fail,
         13: Encoded,
+        14: AskSidecar,
+        15: SidecarBytes,
     }
 )
 

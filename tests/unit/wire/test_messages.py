@@ -321,8 +321,10 @@ def test_numbers_of_dtypes_and_fail_codes_are_part_of_the_protocol() -> None:
     """Reordering either table changes the wire: raise the version and docs/protocol.md along with this test."""
     dtypes = "BOOL U8 I8 I16 U16 I32 U32 I64 U64 F16 BF16 F32 F64 F8_E4M3 F8_E5M2"
     assert " ".join(tensors_module.ITEM_SIZES) == dtypes
-    names = "Record Peers Open Opened Generate Step Token Output Halt Renew Close Fail Encoded"
-    assert " ".join(record.__name__ for _, record in sorted(SCHEMA.messages.items())) == names
+    messages = (
+        "Record Peers Open Opened Generate Step Token Output Halt Renew Close Fail Encoded AskSidecar SidecarBytes"
+    )
+    assert " ".join(record.__name__ for _, record in sorted(SCHEMA.messages.items())) == messages
     assert len(FAIL_CODES) == 10
 
 

@@ -1,0 +1,181 @@
+"""One side of a model as transformers itself runs it, on the block files' weights: what the parts are compared with.
+
+Nothing is cut here. Where the weights would take too much memory all at once, they come part by part while the model's
+forward runs (``streamed``). Whatever the blocks do not bring, or not yet, reads as NaN: a model that needs it gives
+nothing that anybody could take for a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from torrentlm.compute.border import ABSENT, Carried, Returned, Slot, TokenIds
+from torrentlm.compute.chain import Part
+from torrentlm.compute.conversion import convert_all
+from torrentlm.compute.inputs import Encoded
+from torrentlm.compute.probe import entry_tensors
+from torrentlm.compute.sizes import Point
+from torrentlm.compute.skeleton import build_skeleton, first_line, replace_parameters
+from torrentlm.compute.split import Split, named_weights, vocabulary_of
+from torrentlm.compute.values import at, flatten
+from torrentlm.compute.weights import Weights, attach_weights
+from torrentlm.errors import UnsupportedModelError
+
+
+class Whole:
+    """``parts`` are all blocks of the side, in order. Raises what ``build_skeleton`` and ``Weights`` raise.
+
+    ``streamed``: a part's weights are there only while it runs, so that no more memory is taken than the largest needs.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, split: Split, parts: Sequence[Part], dtype: torch.dtype, *, streamed: bool
+    ) -> None:
+        self._split = split
+        self._parts = parts
+        self._dtype = dtype
+        self._streamed = streamed
+        self._model = build_skeleton(config, dtype)
+        self._runs = self._model.get_submodule(split.module)
+        self._known = frozenset(name for name, _ in named_weights(self._model))
+        self._names = {split.canonical.get(name, name) for name in self._known}
+        self._here: set[str] = set()
+        self._weights: Weights | None = None
+        self._detach(self._names)
+        if not streamed:
+            self._attach(parts)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows."""
+        return vocabulary_of(self._model)
+
+    def run(self, steps: Sequence[torch.Tensor], encoded: Encoded | None = None) -> list[torch.Tensor]:
+        """What the model makes of each of consecutive steps of one text: logits (hidden states, where it has none) of
+        every position, [batch, n, …]; ``steps`` are ids, int64 [batch, n].
+
+        Raises UnsupportedModelError if the model's own code fails.
+        """
+        with self._followed():
+            return self._run(steps, encoded)
+
+    def watch(
+        self, ids: torch.Tensor, positions: Collection[int], encoded: Encoded | None = None
+    ) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, ...]]]:
+        """The same for one step, and what travels over the borders ``positions`` meanwhile (into which layer call;
+        their number: into the head).
+        """
+        known: dict[Slot, torch.Tensor] = {TokenIds(): ids}
+        with self._followed(known, {slot for at in positions for slot in self._split.borders[at].slots}):
+            [made] = self._run([ids], encoded)
+        return made, {at: tuple(known[slot] for slot in self._split.borders[at].slots) for at in positions}
+
+    def release(self) -> None:
+        """Let go of all weights; this is not to be run any more, unless it is streamed."""
+        self._detach(self._here)
+        self._weights = None
+
+    def _run(self, steps: Sequence[torch.Tensor], encoded: Encoded | None) -> list[torch.Tensor]:
+        split = self._split
+        batch, length = steps[0].shape[0], sum(ids.shape[1] for ids in steps)
+        positions = torch.arange(length).expand(batch, length)
+        text, past = torch.cat(list(steps), dim=1), 0
+        cache = None if split.make_cache is None else split.make_cache(self._model.config)
+        results = []
+        for ids in steps:
+            end = past + ids.shape[1]
+            start = 0 if split.replays else past
+            point = Point(batch, end - start, start, 0 if encoded is None else encoded.states.shape[1])
+            output = self._forward(
+                split.inputs.arguments(
+                    self._model,
+                    point,
+                    text[:, start:end],
+                    cache,
+                    positions=positions[:, start:end],
+                    mask=None,
+                    encoded=encoded,
+                )
+            )
+            results.append(getattr(output, split.inputs.output)[:, -ids.shape[1] :])
+            past = end
+        return results
+
+    def _forward(self, arguments: dict[str, Any]) -> Any:
+        if self._streamed:
+            self._bring(0)
+        try:
+            with torch.inference_mode():
+                return self._runs(**arguments)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
+            raise UnsupportedModelError(
+                f"the whole model cannot be run here, so nothing is proven: {first_line(error)}"
+            ) from error
+
+    @contextmanager
+    def _followed(self, known: dict[Slot, torch.Tensor] | None = None, wanted: Collection[Slot] = ()) -> Iterator[None]:
+        """Follow the layer calls: for the ``wanted`` values, and to have the next part's weights there in time."""
+        split = self._split
+        calls = 0
+        begins = {part.layers.stop: number for number, part in enumerate(self._parts[:-1], 1)} if self._streamed else {}
+        carried = [slot for slot in wanted if isinstance(slot, Carried)]
+        returned = [slot for slot in wanted if isinstance(slot, Returned)]
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = calls % split.layers
+            for slot in carried:
+                if known is not None and slot.call == call:
+                    value = at((args, kwargs), slot.place)
+                    known[slot] = ABSENT if value is None else value.clone()
+            if call == 0 and 0 in begins:  # the first part is the stem alone
+                self._bring(begins[0])
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal calls
+            call = calls % split.layers
+            calls += 1
+            if known is not None and any(slot.call == call for slot in returned):
+                made = flatten(output)[0] + entry_tensors(split.calls[call].maps, args, kwargs)
+                known.update((slot, made[slot.index].clone()) for slot in returned if slot.call == call)
+            if call + 1 in begins:
+                self._bring(begins[call + 1])
+
+        handles = []
+        for path in dict.fromkeys(call.path for call in split.calls):
+            module = self._model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _bring(self, number: int) -> None:
+        """Have the weights of this part and of no other."""
+        self.release()
+        self._attach(self._parts[number : number + 1])
+
+    def _attach(self, parts: Sequence[Part]) -> None:
+        files = dict.fromkeys(file for part in parts for file in part.files)
+        convert = partial(convert_all, self._model, known=self._known)
+        self._weights = Weights(files, self._dtype, torch.device("cpu"), convert)
+        canonical = self._split.canonical
+        self._here = {canonical.get(name, name) for name in self._weights.tensors} & self._names
+        attach_weights(self._model, self._weights.tensors, self._here, canonical)
+
+    def _detach(self, names: set[str]) -> None:
+        def replaced(name: str, parameter: nn.Parameter) -> nn.Parameter:
+            if name not in names or not parameter.is_floating_point():
+                return parameter
+            nothing = torch.full((), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
+            return nn.Parameter(nothing, requires_grad=parameter.requires_grad)
+
+        replace_parameters(self._model, replaced)

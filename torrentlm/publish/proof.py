@@ -1,0 +1,302 @@
+"""The proof that a model's parts compute what the model computes, before anybody is told that it can be split.
+
+The whole model (transformers' own class) and the parts (spans, every border through its wire form) run the same steps:
+random token ids and, where there is a tokenizer, real text; a prompt, then single tokens behind it. In F32 they must
+agree, or the model is refused; in the published precision the difference is recorded. Both are attached to the block
+files that are about to be published, so nothing is loaded twice.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from torrentlm.compute.border import DTYPES, pack, unpack
+from torrentlm.compute.chain import Part, hints_of, part_of, step
+from torrentlm.compute.inputs import Encoded
+from torrentlm.compute.machine import available_memory, libraries
+from torrentlm.compute.samples import ROOM, choose, record
+from torrentlm.compute.split import Split, analyse_sides
+from torrentlm.compute.tokenizer import load_tokenizer
+from torrentlm.compute.whole import Whole
+from torrentlm.errors import ArtifactError, RefusedError, RemoteProtocolError, UnsupportedModelError
+from torrentlm.manifest.manifest import Manifest
+from torrentlm.manifest.sidecar import Outcome, Samples, Sidecar
+from torrentlm.records import Span
+from torrentlm.wire.messages import Want
+from torrentlm.wire.tensors import Tensor
+
+TOLERANCE = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-2, "BF16": 5e-2}
+"""What the largest difference may be, as a share of the largest value. F32 is seldom anything but equal to the bit."""
+PARTS = 3
+PROMPT = 12
+"""Tokens of the first step."""
+SINGLE = 2
+"""Steps of one token behind it; one where the weights are streamed, since each costs a pass over all of them."""
+MEMORY = 256 << 20
+"""Bytes of weights that are there at once, if they are at most half of what the machine has to give."""
+TEXT = 'In 1969, "two people" walked on the Moon: déjà vu? print(6 * 7)  # 42'
+
+Report = Callable[[int, int], None]
+"""Called with parts done and parts in all; what it raises ends the proof."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What is known of a model's split, but not yet for which magnet."""
+
+    parts: int
+    text: bool
+    streamed: bool
+    outcomes: tuple[Outcome, ...]
+    samples: tuple[Samples, ...]
+
+    def sidecar(self, model: bytes) -> Sidecar:
+        """``model`` is the model torrent's v2 info-hash."""
+        return Sidecar(model, libraries(), self.parts, self.text, self.streamed, self.outcomes, self.samples)
+
+
+def prove(
+    manifest: Manifest,
+    config: PretrainedConfig,
+    folder: Path,
+    paths: Mapping[str, Path],
+    *,
+    sides: Sequence[Split] | None = None,
+    memory: int | None = None,
+    report: Report = lambda done, total: None,
+) -> Proof:
+    """Compare the parts of a model with the whole.
+
+    ``folder`` has the tokenizer's files, ``paths`` says where the block files lie, by name. ``memory``: bytes of
+    weights that may be there at once (or one block, if that is larger); a model that needs more is proven part by part,
+    the whole as well as the parts. Raises UnsupportedModelError if the parts are not what the whole is.
+    """
+    splits = sides or analyse_sides(config, hints_of(manifest))
+    cuts = _cut(manifest, paths, min(MEMORY, available_memory() // 2) if memory is None else memory)
+    dtypes = list(dict.fromkeys(("F32", manifest.dtype if manifest.dtype in TOLERANCE else "F32")))
+    text = _text(folder)
+    total, done = len(dtypes) * sum(len(cut.parts) for cut in cuts), 0
+
+    def count() -> None:
+        nonlocal done
+        report(done, total)
+        done += 1
+
+    outcomes: list[Outcome] = []
+    samples: tuple[Samples, ...] = ()
+    exact: list[torch.Tensor] = []
+    for dtype in dtypes:
+        run = _Run(config, DTYPES[dtype], text, samples=dtype == "F32")
+        for split, cut in zip(splits, cuts, strict=True):
+            run.side(split, cut, count, len(cuts))
+        exact = exact or run.expected
+        samples = samples or tuple(run.samples)
+        outcomes.append(_compare(dtype, run.found, run.expected, exact))
+        if dtype == "F32":
+            _require_good(outcomes[-1])
+    report(total, total)
+    parts, streamed = sum(len(cut.parts) for cut in cuts), any(cut.streamed for cut in cuts)
+    return Proof(parts, text is not None and run.took_text, streamed, tuple(outcomes), samples)
+
+
+def _require_good(outcome: Outcome) -> None:
+    if not outcome.good:
+        raise UnsupportedModelError(
+            "this model cannot be published: cut into parts it does not compute what it computes as a whole (its "
+            f"{outcome.dtype} outputs differ by {outcome.max_rel:.1g} of the largest, of {outcome.tokens} tokens "
+            f"{outcome.agreeing} agree)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """One side in parts; ``borders`` are those between its blocks. ``streamed``: too much to be there all at once."""
+
+    parts: list[Part]
+    borders: list[int]
+    streamed: bool
+
+
+def _cut(manifest: Manifest, paths: Mapping[str, Path], memory: int) -> list[_Cut]:
+    """Each side in ``PARTS`` parts; where its weights in F32 are more than ``memory`` bytes, in so many that each part
+    takes at most that or is one block.
+    """
+    cuts = []
+    for side, entry in enumerate(manifest.sides):
+        blocks = manifest.side_blocks(side)
+        size = _size(manifest, blocks)
+        streamed = size > memory
+        if streamed:
+            spans = _spans_within(manifest, blocks, min(memory, size // PARTS))
+        else:
+            ends = [blocks.first + len(blocks) * number // PARTS for number in range(PARTS + 1)]
+            spans = [Span(first, stop - 1) for first, stop in pairwise(ends)]
+        layers = [manifest.blocks[block].layers for block in blocks]
+        borders = [*(span.first for span in layers if span is not None), entry.layers]
+        cuts.append(_Cut([part_of(manifest, span, paths) for span in spans], borders, streamed))
+    return cuts
+
+
+def _spans_within(manifest: Manifest, blocks: Span, limit: int) -> list[Span]:
+    """``blocks`` in spans of at most ``limit`` bytes in F32, or of one block."""
+    spans = [Span(blocks.first, blocks.first)]
+    for block in range(blocks.first + 1, blocks.last + 1):
+        joined = Span(spans[-1].first, block)
+        if _size(manifest, joined) <= limit:
+            spans[-1] = joined
+        else:
+            spans.append(Span(block, block))
+    return spans
+
+
+def _size(manifest: Manifest, span: Span) -> int:
+    """Bytes of the weights in F32, each file once; mapped ones, which need no conversion, count, too."""
+    layouts = (manifest.layouts[file.layout] for file in manifest.span_files(span.first, span.last))
+    return sum(math.prod(spec.shape) * 4 for layout in layouts for spec in layout.specs)
+
+
+class _Run:
+    """The whole model and its parts in one dtype, side by side: an encoder first, then the decoder that reads what the
+    whole encoder made. ``found`` and ``expected`` are what all steps gave.
+    """
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, text: list[int] | None, *, samples: bool) -> None:
+        self.found: list[torch.Tensor] = []
+        self.expected: list[torch.Tensor] = []
+        self.samples: list[Samples] = []
+        self.took_text = False
+        self._config = config
+        self._dtype = dtype
+        self._text = text
+        self._wants_samples = samples
+        self._encoded: Encoded | None = None
+        self._sampled: Encoded | None = None
+
+    def side(self, split: Split, cut: _Cut, count: Callable[[], None], sides: int) -> None:
+        """Run one side; ``count`` is called before each part."""
+        whole = Whole(self._config, split, cut.parts, self._dtype, streamed=cut.streamed)
+        steps = self._steps(whole.vocabulary, split, cut)
+        expected = whole.run(steps, self._encoded)
+        if self._wants_samples:
+            self._record(whole, split, cut, steps[0][-1], ROOM // sides)
+        if cut.streamed:
+            whole.release()  # else the parts use the same
+        self.found += self._run_parts(split, cut, steps, count)
+        self.expected += expected
+        whole.release()
+        if sides > 1:
+            self._encoded = _encoded(expected[0])
+
+    def _steps(self, vocabulary: int, split: Split, cut: _Cut) -> list[torch.Tensor]:
+        """Rows of random token ids (always the same), and of the text, over and over if it is short: a prompt, and
+        single tokens behind it where the model goes on.
+        """
+        most = PROMPT + SINGLE
+        rows = [torch.randint(0, vocabulary, (most,), generator=torch.Generator().manual_seed(0))]
+        if self._text is not None and max(self._text) < vocabulary:
+            self.took_text = True
+            rows.append(torch.tensor(self._text).repeat(-(-most // len(self._text)))[:most])
+        ids = torch.stack(rows)
+        length = PROMPT + (0 if not split.inputs.causal else 1 if cut.streamed else SINGLE)
+        return [ids[:, :PROMPT], *(ids[:, at : at + 1] for at in range(PROMPT, length))]
+
+    def _record(self, whole: Whole, split: Split, cut: _Cut, ids: torch.Tensor, room: int) -> None:
+        """One more step of the whole model, a few tokens, with the borders between blocks kept."""
+        chosen = choose(split, cut.borders, room)
+        if chosen is None:
+            return
+        tokens = ids[: chosen.tokens]
+        output, borders = whole.watch(tokens[None], chosen.positions, self._sampled)
+        self.samples.append(record(tokens, borders, output[:, -1:], self._sampled, chosen.dtype))
+        self._sampled = _encoded(output)
+
+    def _run_parts(
+        self, split: Split, cut: _Cut, steps: Sequence[torch.Tensor], count: Callable[[], None]
+    ) -> list[torch.Tensor]:
+        """One part after the other runs all of the steps, so that each is there only once."""
+        tensors: list[tuple[Tensor, ...]] = [(pack(ids),) for ids in steps]
+        for part in cut.parts:
+            count()
+            try:
+                with _collected():
+                    tensors = self._run_part(split, part, steps, tensors)
+            except (RefusedError, RemoteProtocolError) as error:
+                raise UnsupportedModelError(
+                    f"this model cannot be published: cut into parts it does not run ({error})"
+                ) from error
+        return [unpack(made[0]) for made in tensors]
+
+    def _run_part(
+        self, split: Split, part: Part, steps: Sequence[torch.Tensor], tensors: Sequence[tuple[Tensor, ...]]
+    ) -> list[tuple[Tensor, ...]]:
+        runner = part.runner(self._config, split, self._dtype)
+        length = sum(ids.shape[1] for ids in steps)
+        cache = runner.open(steps[0].shape[0], length, encoded=self._encoded)
+        made = zip(tensors, steps, strict=True)
+        return [step(runner, cache, given, ids.shape[1], Want.LOGITS_ALL) for given, ids in made]
+
+
+def _encoded(states: torch.Tensor) -> Encoded:
+    """An encoder's output as its decoder takes it; no row is padded."""
+    return Encoded(states, torch.ones(states.shape[:2], dtype=torch.long))
+
+
+def _text(folder: Path) -> list[int] | None:
+    """Real text as token ids; None without a tokenizer."""
+    try:
+        ids = load_tokenizer(folder)(TEXT)["input_ids"]
+    except ArtifactError:
+        return None
+    return list(ids) or None
+
+
+@contextmanager
+def _collected() -> Iterator[None]:
+    """What is made meanwhile and forms cycles, as a runner does, is gone afterwards; only that is walked through."""
+    gc.freeze()
+    try:
+        yield
+        gc.collect()
+    finally:
+        gc.unfreeze()
+
+
+def _compare(
+    dtype: str, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
+) -> Outcome:
+    """The parts' outputs of all steps beside the whole model's; ``exact`` are the whole model's in F32."""
+    if [made.shape for made in found] != [made.shape for made in expected]:
+        raise UnsupportedModelError(
+            f"this model cannot be published: cut into parts it gives {list(found[-1].shape)} where it gives "
+            f"{list(expected[-1].shape)} as a whole"
+        )
+    pairs = [(ours.float(), theirs.float()) for ours, theirs in zip(found, expected, strict=True)]
+    of_f32 = zip(expected, exact, strict=True)
+    return Outcome(
+        dtype,
+        max_abs=max(_difference(ours, theirs) for ours, theirs in pairs),
+        max_rel=max(_difference(ours, theirs) / _largest(theirs) for ours, theirs in pairs),
+        tolerance=TOLERANCE[dtype],
+        tokens=sum(theirs[..., 0].numel() for _, theirs in pairs),
+        agreeing=sum(int((ours.argmax(-1) == theirs.argmax(-1)).sum()) for ours, theirs in pairs),
+        from_f32=max(_difference(theirs.float(), best) / _largest(best) for theirs, best in of_f32),
+    )
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest; infinite where one of the two is not a number and the other is."""
+    same = (one == other) | (one.isnan() & other.isnan())
+    return float((one - other).abs().nan_to_num(math.inf).masked_fill(same, 0.0).max())
+
+
+def _largest(values: torch.Tensor) -> float:
+    return float(values.abs().nan_to_num(0.0, posinf=0.0).max()) or 1.0
