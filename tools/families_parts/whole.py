@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from shrink import WINDOW, NoConfig, tiny_configs
 from transformers import (
     AutoModelForCausalLM,
@@ -84,14 +85,22 @@ def build(kind: str, model_type: str, folder: Path) -> PreTrainedModel:
 
 
 def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model as transformers reads it back from a checkpoint, which is left in ``folder``/checkpoint: some weights
-    are never saved, since the model's code makes them.
+    """The model, saved in ``folder``/checkpoint. What is never saved, since the model's code makes it, is as transformers
+    makes it when it loads the checkpoint.
     """
     checkpoint = folder / "checkpoint"
     model.save_pretrained(checkpoint)
     shutil.copy(folder / "config.json", checkpoint)
-    again = type(model).from_pretrained(checkpoint, dtype=torch.float32)
-    model.load_state_dict(again.state_dict())  # into memory that is aligned: products round differently elsewhere
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        saved = set(file.keys())
+    own = model.state_dict(keep_vars=True)
+    written = {id(own[name]) for name in saved & own.keys()}
+    made = [name for name in own.keys() - saved if id(own[name]) not in written]
+    if made and saved <= own.keys():  # else the checkpoint is of another form, and all of it is saved
+        again = type(model).from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+        with torch.no_grad():
+            for name in made:
+                own[name].copy_(again[name])
     return model
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from torrentlm.compute.border import ABSENT, Carried, Returned, Slot, TokenIds
 from torrentlm.compute.chain import Part
@@ -27,6 +27,9 @@ from torrentlm.compute.split import Split, named_weights, vocabulary_of
 from torrentlm.compute.values import at, flatten
 from torrentlm.compute.weights import Weights, attach_weights
 from torrentlm.errors import UnsupportedModelError
+
+_ANY_MODELS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
+"""What may come out of a model's own code."""
 
 
 class Whole:
@@ -77,6 +80,28 @@ class Whole:
             [made] = self._run([ids], encoded)
         return made, {at: tuple(known[slot] for slot in self._split.borders[at].slots) for at in positions}
 
+    def decode(
+        self, ids: torch.Tensor, tokens: int, encoded: Encoded | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What transformers' own ``generate`` adds greedily to ``ids``, int64 [batch, n]: the ids [batch, tokens], and
+        the logits [batch, tokens, vocabulary] that they were picked from.
+
+        Raises UnsupportedModelError if the model's own code fails.
+        """
+        given: dict[str, Any] = {self._split.inputs.ids: ids, "attention_mask": torch.ones_like(ids)}
+        if encoded is not None:
+            states = self._split.inputs.encoded(last_hidden_state=encoded.states)
+            given |= {"encoder_outputs": states, "attention_mask": encoded.mask}
+        plain = GenerationConfig(
+            max_new_tokens=tokens, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        )
+        with self._followed():
+            try:
+                made = self._model.generate(**given, generation_config=plain)
+            except _ANY_MODELS as error:
+                raise UnsupportedModelError(f"the whole model cannot be run here: {first_line(error)}") from error
+        return made.sequences[:, -tokens:], torch.stack(made.logits, dim=1)
+
     def release(self) -> None:
         """Let go of all weights; this is not to be run any more, unless it is streamed."""
         self._detach(self._here)
@@ -109,12 +134,10 @@ class Whole:
         return results
 
     def _forward(self, arguments: dict[str, Any]) -> Any:
-        if self._streamed:
-            self._bring(0)
         try:
             with torch.inference_mode():
                 return self._runs(**arguments)
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
+        except _ANY_MODELS as error:
             raise UnsupportedModelError(
                 f"the whole model cannot be run here, so nothing is proven: {first_line(error)}"
             ) from error
@@ -148,6 +171,8 @@ class Whole:
                 self._bring(begins[call + 1])
 
         handles = []
+        if self._streamed:
+            handles.append(self._runs.register_forward_pre_hook(lambda *_: self._bring(0)))
         for path in dict.fromkeys(call.path for call in split.calls):
             module = self._model.get_submodule(path)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))

@@ -25,7 +25,7 @@ from torrentlm.compute.inputs import Encoded
 from torrentlm.compute.machine import available_memory, libraries
 from torrentlm.compute.samples import ROOM, choose, record
 from torrentlm.compute.split import Split, analyse_sides
-from torrentlm.compute.tokenizer import load_tokenizer
+from torrentlm.compute.tokenizer import has_tokenizer, load_tokenizer
 from torrentlm.compute.whole import Whole
 from torrentlm.errors import ArtifactError, RefusedError, RemoteProtocolError, UnsupportedModelError
 from torrentlm.manifest.manifest import Manifest
@@ -41,6 +41,10 @@ PROMPT = 12
 """Tokens of the first step."""
 SINGLE = 2
 """Steps of one token behind it; one where the weights are streamed, since each costs a pass over all of them."""
+DECODED = 3
+"""Tokens that a model without a known state decodes by itself."""
+ALIKE = 1e-3
+"""How far apart its logits may then be, as a share of the largest."""
 MEMORY = 256 << 20
 """Bytes of weights that are there at once, if they are at most half of what the machine has to give."""
 TEXT = 'In 1969, "two people" walked on the Moon: déjà vu? print(6 * 7)  # 42'
@@ -72,13 +76,15 @@ def prove(
     *,
     sides: Sequence[Split] | None = None,
     memory: int | None = None,
+    replay: bool = False,
     report: Report = lambda done, total: None,
 ) -> Proof:
     """Compare the parts of a model with the whole.
 
     ``folder`` has the tokenizer's files, ``paths`` says where the block files lie, by name. ``memory``: bytes of
     weights that may be there at once (or one block, if that is larger); a model that needs more is proven part by part,
-    the whole as well as the parts. Raises UnsupportedModelError if the parts are not what the whole is.
+    the whole as well as the parts. ``replay``: a model that runs the whole text in every step here may decode
+    otherwise by itself. Raises UnsupportedModelError if the parts are not what the whole is.
     """
     splits = sides or analyse_sides(config, hints_of(manifest))
     cuts = _cut(manifest, paths, min(MEMORY, available_memory() // 2) if memory is None else memory)
@@ -97,7 +103,7 @@ def prove(
     for dtype in dtypes:
         run = _Run(config, DTYPES[dtype], text, samples=dtype == "F32")
         for split, cut in zip(splits, cuts, strict=True):
-            run.side(split, cut, count, len(cuts))
+            run.side(split, cut, count, len(cuts), by_itself=dtype == "F32" and not replay)
         exact = exact or run.expected
         samples = samples or tuple(run.samples)
         outcomes.append(_compare(dtype, run.found, run.expected, exact))
@@ -181,11 +187,15 @@ class _Run:
         self._encoded: Encoded | None = None
         self._sampled: Encoded | None = None
 
-    def side(self, split: Split, cut: _Cut, count: Callable[[], None], sides: int) -> None:
-        """Run one side; ``count`` is called before each part."""
+    def side(self, split: Split, cut: _Cut, count: Callable[[], None], sides: int, *, by_itself: bool) -> None:
+        """Run one side; ``count`` is called before each part. ``by_itself``: what replays has to be what the model
+        decodes by itself.
+        """
         whole = Whole(self._config, split, cut.parts, self._dtype, streamed=cut.streamed)
         steps = self._steps(whole.vocabulary, split, cut)
         expected = whole.run(steps, self._encoded)
+        if by_itself and split.replays and split.inputs.causal:
+            _require_same_decoding(whole, steps[0], self._encoded)
         if self._wants_samples:
             self._record(whole, split, cut, steps[0][-1], ROOM // sides)
         if cut.streamed:
@@ -245,6 +255,25 @@ class _Run:
         return [step(runner, cache, given, ids.shape[1], Want.LOGITS_ALL) for given, ids in made]
 
 
+def _require_same_decoding(whole: Whole, ids: torch.Tensor, encoded: Encoded | None) -> None:
+    """Some models keep a state between tokens and do not agree with themselves: with it they decode other tokens than
+    their forward gives for the whole text, and no holder could give both.
+    """
+    rows = torch.cat([ids, ids.flip(1)])  # a batch: some states mix its rows
+    if encoded is not None:
+        encoded = Encoded(encoded.states.repeat(2, 1, 1), encoded.mask.repeat(2, 1))
+    tokens, logits = whole.decode(rows, DECODED, encoded)
+    for count in range(DECODED):
+        text = torch.cat([rows, tokens[:, :count]], dim=1)
+        [made] = whole.run([text], encoded)
+        if _difference(made[:, -1].float(), logits[:, count].float()) > ALIKE * _largest(logits):
+            raise UnsupportedModelError(
+                "this model cannot be published as it is: what it decodes token by token differs from what it computes"
+                " for the whole text; with replay = true in [model.split] it is published as what"
+                " generate(use_cache=False) gives"
+            )
+
+
 def _encoded(states: torch.Tensor) -> Encoded:
     """An encoder's output as its decoder takes it; no row is padded."""
     return Encoded(states, torch.ones(states.shape[:2], dtype=torch.long))
@@ -252,6 +281,8 @@ def _encoded(states: torch.Tensor) -> Encoded:
 
 def _text(folder: Path) -> list[int] | None:
     """Real text as token ids; None without a tokenizer."""
+    if not has_tokenizer(folder):
+        return None
     try:
         ids = load_tokenizer(folder)(TEXT)["input_ids"]
     except ArtifactError:

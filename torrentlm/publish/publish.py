@@ -57,7 +57,7 @@ def publish(
     location, record = look_up(recipe, store.data)
     progress = progress or _silent
     if known := recall(record, store):
-        return known if known.sidecar is not None else _prove_again(known, store, progress, allow_code)
+        return known if known.sidecar is not None else _prove_again(known, recipe, store, progress, allow_code)
     with staging(store, f"{record.name} {recipe.allow_nan}") as stage:
         published = _publish(recipe, location, store, stage, progress, allow_code)
         remember(record, published.model.v2)
@@ -115,19 +115,25 @@ def _publish(
     torrent, folder = _stage_model(manifest, distinct, payload, stage.folder)
     paths = {torrent.name: _path_of(torrent, store, stage.folder) for torrent in distinct}
     report = _proving(progress, manifest.size)
-    sidecar = prove(manifest, model.config, folder, paths, sides=model.sides, report=report).sidecar(torrent.v2)
+    sidecar = prove(
+        manifest, model.config, folder, paths, sides=model.sides, replay=recipe.replay, report=report
+    ).sidecar(torrent.v2)
     _move_in(torrent, distinct, folder, store, stage.folder)
     store.save_sidecar(torrent.v2, sidecar.to_bytes())
     folder = store.model_folder(torrent.v2) / torrent.name
     return Published(manifest, torrent, distinct, folder, planned.left_out, sidecar)
 
 
-def _prove_again(known: Published, store: Store, progress: Progress, allow_code: Collection[str]) -> Published:
+def _prove_again(
+    known: Published, recipe: Recipe, store: Store, progress: Progress, allow_code: Collection[str]
+) -> Published:
     """For what was published without a proof, or lost it."""
     config = read_config(known.folder, allow_code)
     paths = {torrent.name: store.path(torrent.name) for torrent in known.torrents}
     report = _proving(progress, known.manifest.size)
-    sidecar = prove(known.manifest, config, known.folder, paths, report=report).sidecar(known.model.v2)
+    sidecar = prove(known.manifest, config, known.folder, paths, replay=recipe.replay, report=report).sidecar(
+        known.model.v2
+    )
     store.save_sidecar(known.model.v2, sidecar.to_bytes())
     return replace(known, sidecar=sidecar)
 
