@@ -85,7 +85,7 @@ def build(kind: str, model_type: str, folder: Path) -> PreTrainedModel:
 
 
 def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model, saved in ``folder``/checkpoint. What is never saved, since the model's code makes it, is as transformers
+    """The model, saved in ``folder``/checkpoint. What is never saved, since its code makes it, is as transformers
     makes it when it loads the checkpoint.
     """
     checkpoint = folder / "checkpoint"
