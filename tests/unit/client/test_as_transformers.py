@@ -82,10 +82,12 @@ class ChainClient:
     vocabulary: int = VOCABULARY
     tokenizer: None = None
 
-    def steps(self, batch: int, max_length: int, pads: tuple[int, ...]) -> StepSession:
-        return StepSession(self, batch, max_length, pads)  # type: ignore[arg-type]
+    def steps(self, batch: int, max_length: int, pads: tuple[int, ...], adapter: str | None = None) -> StepSession:
+        return StepSession(self, batch, max_length, pads, adapter)  # type: ignore[arg-type]
 
-    async def open(self, *, batch: int, max_length: int, pads: tuple[int, ...]) -> RemoteSession:
+    async def open(
+        self, *, batch: int, max_length: int, pads: tuple[int, ...], adapter: str | None = None
+    ) -> RemoteSession:
         return await open_session(
             self.chain.outbox(CLIENT),
             self.nursery,
