@@ -112,17 +112,18 @@ class Whole:
             end = past + ids.shape[1]
             start = 0 if split.replays else past
             point = Point(batch, end - start, start, 0 if encoded is None else encoded.states.shape[1])
-            output = self._forward(
-                split.inputs.arguments(
-                    self._model,
-                    point,
-                    text[:, start:end],
-                    cache,
-                    positions=positions[:, start:end],
-                    mask=None,
-                    encoded=encoded,
-                )
+            arguments = split.inputs.arguments(
+                self._model,
+                point,
+                text[:, start:end],
+                cache,
+                positions=positions[:, start:end],
+                mask=None,
+                encoded=encoded,
             )
+            if split.inputs.keep is not None:
+                arguments[split.inputs.keep] = 0  # all
+            output = self._forward(arguments)
             results.append(getattr(output, split.inputs.output)[:, -ids.shape[1] :])
             past = end
         return results

@@ -292,11 +292,12 @@ def _compare(
     dtype: str, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], exact: Sequence[torch.Tensor] | None
 ) -> Outcome:
     """The parts' outputs of all steps beside the whole model's; ``exact`` are the whole model's in F32, if known."""
-    if [made.shape for made in found] != [made.shape for made in expected]:
-        raise UnsupportedModelError(
-            f"this model cannot be published: cut into parts it gives {list(found[-1].shape)} where it gives "
-            f"{list(expected[-1].shape)} as a whole"
-        )
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours.shape != theirs.shape:
+            raise UnsupportedModelError(
+                f"this model cannot be published: cut into parts it gives {list(ours.shape)} where it gives "
+                f"{list(theirs.shape)} as a whole"
+            )
     pairs = [(ours.float(), theirs.float()) for ours, theirs in zip(found, expected, strict=True)]
     of_f32 = [] if exact is None else [(made.float(), best) for made, best in zip(expected, exact, strict=True)]
     return Outcome(
