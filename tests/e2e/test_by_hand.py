@@ -147,8 +147,12 @@ def test_inspect_a_magnet(world: World):
     assert model["name"] == "Tiny" and model["layers"] == checkpoint.LAYERS
     assert [block["kind"] for block in model["blocks"]] == ["stem", *["layers"] * checkpoint.LAYERS, "head"]
     assert all(block["tensors"] for block in model["blocks"])  # no file of them is the client's
+    proof = model["proof"]  # the publisher is gone: a holder passes on what it found right
+    assert [(row["dtype"], row["exact"]) for row in proof["outcomes"]] == [("F32", True)]
+    assert proof["source"] in {f"127.0.0.1:{holder['port']}" for holder in world.holders}
     people = run(*world.client("inspect", world.magnet))
     assert people.returncode == 0 and "stem" in people.stdout and model["v2"] in people.stdout
+    assert "exact in F32; 3 parts, real text" in people.stdout and proof["transformers"] in people.stdout
 
 
 def test_inspect_a_block_torrent_of_a_holder(world: World):

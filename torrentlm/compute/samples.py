@@ -29,8 +29,8 @@ from torrentlm.wire.tensors import Tensor
 ROOM = MAX_BYTES * 3 // 4
 """Bytes for the borders of all sides; the rest is for the header and for what outputs and encoders add."""
 OUTPUT_VALUES = 1024
-CHOICES = ((8, "F32"), (8, "BF16"), (4, "BF16"), (2, "BF16"))
-"""Tokens and dtype of a sample: the first that leaves room for all borders. With one token alone nothing attends."""
+TOKENS = (8, 4)
+"""Of a sample: the first number that leaves room for all borders. With few tokens there is little to attend to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +42,21 @@ class Choice:
     dtype: str
 
 
-def choose(split: Split, positions: Sequence[int], room: int = ROOM) -> Choice | None:
-    """What to record of the borders at ``positions`` in ``room`` bytes; None if there is none for even two.
+def choose(split: Split, positions: Sequence[int], dtype: str, room: int = ROOM) -> Choice:
+    """What to record of the borders at ``positions`` in ``room`` bytes, where ``dtype`` is computed in.
 
-    Where even the smallest is too much, pairs of neighbours are left out here and there.
+    F32 is rounded to BF16 if there is no room for it. Where even the smallest sample is too much, pairs of neighbours
+    are left out here and there.
     """
-    for tokens, dtype in CHOICES:
-        sizes = {at: _border_bytes(split, at, tokens, DTYPES[dtype].itemsize) for at in positions}
-        if sum(sizes.values()) <= room:
-            return Choice(tuple(positions), tokens, dtype)
-    pairs = room // (2 * max(sizes.values()))
-    if pairs < 1:
-        return None
+    kinds = ("F32", "BF16") if dtype == "F32" else (dtype,)
+    for tokens, kind in [(TOKENS[0], kinds[0]), *((tokens, kinds[-1]) for tokens in TOKENS)]:
+        sizes = [_border_bytes(split, at, tokens, DTYPES[kind].itemsize) for at in positions]
+        if sum(sizes) <= room:
+            return Choice(tuple(positions), tokens, kind)
+    pairs = room // (2 * max(sizes))
     starts = [number * (len(positions) - 1) // pairs for number in range(pairs)]
     kept = sorted({positions[at] for start in starts for at in (start, start + 1)})
-    return Choice(tuple(kept), tokens, dtype)
+    return Choice(tuple(kept), TOKENS[-1], kinds[-1])
 
 
 def _border_bytes(split: Split, position: int, tokens: int, itemsize: int) -> int:

@@ -60,25 +60,19 @@ class Whole:
         """How many token ids the model knows."""
         return vocabulary_of(self._model)
 
-    def run(self, steps: Sequence[torch.Tensor], encoded: Encoded | None = None) -> list[torch.Tensor]:
+    def run(
+        self, steps: Sequence[torch.Tensor], encoded: Encoded | None = None, positions: Collection[int] = ()
+    ) -> tuple[list[torch.Tensor], dict[int, tuple[torch.Tensor, ...]]]:
         """What the model makes of each of consecutive steps of one text: logits (hidden states, where it has none) of
         every position, [batch, n, …]; ``steps`` are ids, int64 [batch, n].
 
-        Raises UnsupportedModelError if the model's own code fails.
+        And what travelled over the borders ``positions`` in the first step (into which layer call; their number: into
+        the head). Raises UnsupportedModelError if the model's own code fails.
         """
-        with self._followed():
-            return self._run(steps, encoded)
-
-    def watch(
-        self, ids: torch.Tensor, positions: Collection[int], encoded: Encoded | None = None
-    ) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, ...]]]:
-        """The same for one step, and what travels over the borders ``positions`` meanwhile (into which layer call;
-        their number: into the head).
-        """
-        known: dict[Slot, torch.Tensor] = {TokenIds(): ids}
+        known: dict[Slot, torch.Tensor] = {TokenIds(): steps[0]}
         with self._followed(known, {slot for at in positions for slot in self._split.borders[at].slots}):
-            [made] = self._run([ids], encoded)
-        return made, {at: tuple(known[slot] for slot in self._split.borders[at].slots) for at in positions}
+            results = self._run(steps, encoded)
+        return results, {at: tuple(known[slot] for slot in self._split.borders[at].slots) for at in positions}
 
     def decode(
         self, ids: torch.Tensor, tokens: int, encoded: Encoded | None = None
@@ -95,7 +89,7 @@ class Whole:
         plain = GenerationConfig(
             max_new_tokens=tokens, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
         )
-        with self._followed():
+        with self._followed({}, ()):
             try:
                 made = self._model.generate(**given, generation_config=plain)
             except _ANY_MODELS as error:
@@ -118,17 +112,18 @@ class Whole:
             end = past + ids.shape[1]
             start = 0 if split.replays else past
             point = Point(batch, end - start, start, 0 if encoded is None else encoded.states.shape[1])
-            output = self._forward(
-                split.inputs.arguments(
-                    self._model,
-                    point,
-                    text[:, start:end],
-                    cache,
-                    positions=positions[:, start:end],
-                    mask=None,
-                    encoded=encoded,
-                )
+            arguments = split.inputs.arguments(
+                self._model,
+                point,
+                text[:, start:end],
+                cache,
+                positions=positions[:, start:end],
+                mask=None,
+                encoded=encoded,
             )
+            if split.inputs.keep is not None:
+                arguments[split.inputs.keep] = 0  # all
+            output = self._forward(arguments)
             results.append(getattr(output, split.inputs.output)[:, -ids.shape[1] :])
             past = end
         return results
@@ -143,8 +138,10 @@ class Whole:
             ) from error
 
     @contextmanager
-    def _followed(self, known: dict[Slot, torch.Tensor] | None = None, wanted: Collection[Slot] = ()) -> Iterator[None]:
-        """Follow the layer calls: for the ``wanted`` values, and to have the next part's weights there in time."""
+    def _followed(self, known: dict[Slot, torch.Tensor], wanted: Collection[Slot]) -> Iterator[None]:
+        """Follow the layer calls: to get the ``wanted`` values of the first step, and to have the next part's weights
+        there in time.
+        """
         split = self._split
         calls = 0
         begins = {part.layers.stop: number for number, part in enumerate(self._parts[:-1], 1)} if self._streamed else {}
@@ -152,23 +149,22 @@ class Whole:
         returned = [slot for slot in wanted if isinstance(slot, Returned)]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = calls % split.layers
             for slot in carried:
-                if known is not None and slot.call == call:
+                if slot.call == calls:
                     value = at((args, kwargs), slot.place)
                     known[slot] = ABSENT if value is None else value.clone()
-            if call == 0 and 0 in begins:  # the first part is the stem alone
+            if calls % split.layers == 0 and 0 in begins:  # the first part is the stem alone
                 self._bring(begins[0])
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal calls
-            call = calls % split.layers
+            if any(slot.call == calls for slot in returned):
+                made = flatten(output)[0] + entry_tensors(split.calls[calls].maps, args, kwargs)
+                known.update((slot, made[slot.index].clone()) for slot in returned if slot.call == calls)
+            end = calls % split.layers + 1
             calls += 1
-            if known is not None and any(slot.call == call for slot in returned):
-                made = flatten(output)[0] + entry_tensors(split.calls[call].maps, args, kwargs)
-                known.update((slot, made[slot.index].clone()) for slot in returned if slot.call == call)
-            if call + 1 in begins:
-                self._bring(begins[call + 1])
+            if end in begins:
+                self._bring(begins[end])
 
         handles = []
         if self._streamed:

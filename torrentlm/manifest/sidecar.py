@@ -58,7 +58,7 @@ class Outcome:
 
     ``max_abs`` is the largest difference, ``max_rel`` the same as a share of the largest value, ``tolerance`` what that
     may be. Of ``tokens`` positions, ``agreeing`` had the same most likely token. ``from_f32`` is how far this dtype
-    takes the whole model from F32, as a share of the largest value (0.0 for F32 itself).
+    takes the whole model from F32, as a share of the largest value; None where F32 was not computed.
     """
 
     dtype: str
@@ -67,7 +67,7 @@ class Outcome:
     tolerance: float
     tokens: int
     agreeing: int
-    from_f32: float
+    from_f32: float | None
 
     @property
     def exact(self) -> bool:
@@ -212,12 +212,13 @@ def _read(data: bytes | memoryview, model: bytes) -> Sidecar:
 
 def _outcome(item: object) -> Outcome:
     found = _map(item, {field.name for field in fields(Outcome)})
-    floats = {name: _typed(found[name], float) for name in ("max_abs", "max_rel", "tolerance", "from_f32")}
-    if any(math.isnan(value) or value < 0 for value in floats.values()):
+    floats = {name: _typed(found[name], float) for name in ("max_abs", "max_rel", "tolerance")}
+    from_f32 = None if found["from_f32"] is None else _typed(found["from_f32"], float)
+    if any(math.isnan(value) or value < 0 for value in (*floats.values(), from_f32 or 0.0)):
         raise ValueError("a difference is not a number")
     tokens = _number(found["tokens"], 1 << 31)
     agreeing = _number(found["agreeing"], tokens)
-    return Outcome(dtype=_dtype(found["dtype"]), tokens=tokens, agreeing=agreeing, **floats)
+    return Outcome(dtype=_dtype(found["dtype"]), tokens=tokens, agreeing=agreeing, from_f32=from_f32, **floats)
 
 
 def _samples(item: object, data: _Data) -> Samples:

@@ -1,9 +1,13 @@
 """The proof that a model's parts compute what the model computes, before anybody is told that it can be split.
 
 The whole model (transformers' own class) and the parts (spans, every border through its wire form) run the same steps:
-random token ids and, where there is a tokenizer, real text; a prompt, then single tokens behind it. In F32 they must
+a prompt of random token ids and, where there is a tokenizer, real text; then single tokens behind it. In F32 they must
 agree, or the model is refused; in the published precision the difference is recorded. Both are attached to the block
 files that are about to be published, so nothing is loaded twice.
+
+A large model is compared in its published precision first, in which its files are mapped as they are. The same
+operations on the same numbers give the same bits in any precision, so parts that are equal to the bit there need no
+F32; whatever is not is settled in F32.
 """
 
 from __future__ import annotations
@@ -37,20 +41,21 @@ from torrentlm.wire.tensors import Tensor
 TOLERANCE = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-2, "BF16": 5e-2}
 """What the largest difference may be, as a share of the largest value. F32 is seldom anything but equal to the bit."""
 PARTS = 3
-PROMPT = 12
-"""Tokens of the first step."""
 SINGLE = 2
-"""Steps of one token behind it; one where the weights are streamed, since each costs a pass over all of them."""
+"""Steps of one token behind the prompt; one where the weights are streamed: each costs a pass over all of them."""
 DECODED = 3
 """Tokens that a model without a known state decodes by itself."""
 ALIKE = 1e-3
 """How far apart its logits may then be, as a share of the largest."""
 MEMORY = 256 << 20
 """Bytes of weights that are there at once, if they are at most half of what the machine has to give."""
+LARGE = 1 << 30
+"""Bytes of all weights in F32 from which on converting them to F32 takes longer than publishing."""
 TEXT = 'In 1969, "two people" walked on the Moon: déjà vu? print(6 * 7)  # 42'
 
+
 Report = Callable[[int, int], None]
-"""Called with parts done and parts in all; what it raises ends the proof."""
+"""Called with parts done and parts in all, for each precision; what it raises ends the proof."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,7 @@ def prove(
     *,
     sides: Sequence[Split] | None = None,
     memory: int | None = None,
+    large: int = LARGE,
     replay: bool = False,
     report: Report = lambda done, total: None,
 ) -> Proof:
@@ -83,35 +89,33 @@ def prove(
 
     ``folder`` has the tokenizer's files, ``paths`` says where the block files lie, by name. ``memory``: bytes of
     weights that may be there at once (or one block, if that is larger); a model that needs more is proven part by part,
-    the whole as well as the parts. ``replay``: a model that runs the whole text in every step here may decode
+    the whole as well as the parts. ``large``: bytes of all weights in F32 from which on F32 is only computed where the
+    published precision settles nothing. ``replay``: a model that runs the whole text in every step here may decode
     otherwise by itself. Raises UnsupportedModelError if the parts are not what the whole is.
     """
     splits = sides or analyse_sides(config, hints_of(manifest))
     cuts = _cut(manifest, paths, min(MEMORY, available_memory() // 2) if memory is None else memory)
-    dtypes = list(dict.fromkeys(("F32", manifest.dtype if manifest.dtype in TOLERANCE else "F32")))
+    published = manifest.dtype if manifest.dtype in TOLERANCE else "F32"
+    by_itself = not replay and any(split.replays and split.inputs.causal for split in splits)  # which F32 must tell
+    size = sum(_size(manifest, manifest.side_blocks(side)) for side in range(len(splits)))
+    is_large = size > large and not by_itself
     text = _text(folder)
-    total, done = len(dtypes) * sum(len(cut.parts) for cut in cuts), 0
-
-    def count() -> None:
-        nonlocal done
-        report(done, total)
-        done += 1
-
-    outcomes: list[Outcome] = []
-    samples: tuple[Samples, ...] = ()
-    exact: list[torch.Tensor] = []
-    for dtype in dtypes:
-        run = _Run(config, DTYPES[dtype], text, samples=dtype == "F32")
+    runs: dict[str, _Run] = {}
+    outcomes: dict[str, Outcome] = {}
+    parts = [part for cut in cuts for part in cut.parts]
+    for dtype in dict.fromkeys((published, "F32") if is_large else ("F32", published)):
+        if is_large and published in outcomes and outcomes[published].exact:
+            break
+        run = runs[dtype] = _Run(config, dtype, text, lambda done: report(done, len(parts)))
         for split, cut in zip(splits, cuts, strict=True):
-            run.side(split, cut, count, len(cuts), by_itself=dtype == "F32" and not replay)
-        exact = exact or run.expected
-        samples = samples or tuple(run.samples)
-        outcomes.append(_compare(dtype, run.found, run.expected, exact))
+            run.side(split, cut, len(cuts), by_itself=by_itself and dtype == "F32")
+        outcomes[dtype] = _compare(dtype, run.found, run.expected, runs["F32"].expected if "F32" in runs else None)
         if dtype == "F32":
-            _require_good(outcomes[-1])
-    report(total, total)
-    parts, streamed = sum(len(cut.parts) for cut in cuts), any(cut.streamed for cut in cuts)
-    return Proof(parts, text is not None and run.took_text, streamed, tuple(outcomes), samples)
+            _require_good(outcomes[dtype])
+    report(len(parts), len(parts))
+    best = runs.get("F32", run)
+    streamed = any(cut.streamed for cut in cuts)
+    return Proof(len(parts), best.took_text, streamed, tuple(outcomes.values()), tuple(best.samples))
 
 
 def _require_good(outcome: Outcome) -> None:
@@ -175,7 +179,9 @@ class _Run:
     whole encoder made. ``found`` and ``expected`` are what all steps gave.
     """
 
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, text: list[int] | None, *, samples: bool) -> None:
+    def __init__(
+        self, config: PretrainedConfig, dtype: str, text: list[int] | None, report: Callable[[int], None]
+    ) -> None:
         self.found: list[torch.Tensor] = []
         self.expected: list[torch.Tensor] = []
         self.samples: list[Samples] = []
@@ -183,59 +189,45 @@ class _Run:
         self._config = config
         self._dtype = dtype
         self._text = text
-        self._wants_samples = samples
+        self._report = report
+        self._done = 0
         self._encoded: Encoded | None = None
-        self._sampled: Encoded | None = None
 
-    def side(self, split: Split, cut: _Cut, count: Callable[[], None], sides: int, *, by_itself: bool) -> None:
-        """Run one side; ``count`` is called before each part. ``by_itself``: what replays has to be what the model
-        decodes by itself.
-        """
-        whole = Whole(self._config, split, cut.parts, self._dtype, streamed=cut.streamed)
-        steps = self._steps(whole.vocabulary, split, cut)
-        expected = whole.run(steps, self._encoded)
+    def side(self, split: Split, cut: _Cut, sides: int, *, by_itself: bool) -> None:
+        """Run one of so many sides. ``by_itself``: what replays has to be what the model decodes by itself."""
+        whole = Whole(self._config, split, cut.parts, DTYPES[self._dtype], streamed=cut.streamed)
+        chosen = choose(split, cut.borders, self._dtype, ROOM // sides)
+        singles = 0 if not split.inputs.causal else 1 if cut.streamed else SINGLE
+        steps = self._steps(whole.vocabulary, chosen.tokens, singles)
+        expected, borders = whole.run(steps, self._encoded, chosen.positions)
         if by_itself and split.replays and split.inputs.causal:
             _require_same_decoding(whole, steps[0], self._encoded)
-        if self._wants_samples:
-            self._record(whole, split, cut, steps[0][-1], ROOM // sides)
+        self.samples.append(record(steps[0][0], borders, expected[0][:, -1:], self._encoded, chosen.dtype))
         if cut.streamed:
             whole.release()  # else the parts use the same
-        self.found += self._run_parts(split, cut, steps, count)
+        self.found += self._run_parts(split, cut, steps)
         self.expected += expected
         whole.release()
         if sides > 1:
-            self._encoded = _encoded(expected[0])
+            self._encoded = Encoded(expected[0], torch.ones(expected[0].shape[:2], dtype=torch.long))
 
-    def _steps(self, vocabulary: int, split: Split, cut: _Cut) -> list[torch.Tensor]:
-        """Rows of random token ids (always the same), and of the text, over and over if it is short: a prompt, and
-        single tokens behind it where the model goes on.
+    def _steps(self, vocabulary: int, prompt: int, singles: int) -> list[torch.Tensor]:
+        """A prompt of so many tokens, the first half of them random (always the same), the others from the text; and
+        single tokens behind it.
         """
-        most = PROMPT + SINGLE
-        rows = [torch.randint(0, vocabulary, (most,), generator=torch.Generator().manual_seed(0))]
+        ids = torch.randint(0, vocabulary, (prompt + singles,), generator=torch.Generator().manual_seed(0))
         if self._text is not None and max(self._text) < vocabulary:
             self.took_text = True
-            rows.append(torch.tensor(self._text).repeat(-(-most // len(self._text)))[:most])
-        ids = torch.stack(rows)
-        length = PROMPT + (0 if not split.inputs.causal else 1 if cut.streamed else SINGLE)
-        return [ids[:, :PROMPT], *(ids[:, at : at + 1] for at in range(PROMPT, length))]
+            rest = torch.tensor(self._text)[: len(ids) - prompt // 2]
+            ids[prompt // 2 : prompt // 2 + len(rest)] = rest
+        return [ids[None, :prompt], *(ids[None, at : at + 1] for at in range(prompt, len(ids)))]
 
-    def _record(self, whole: Whole, split: Split, cut: _Cut, ids: torch.Tensor, room: int) -> None:
-        """One more step of the whole model, a few tokens, with the borders between blocks kept."""
-        chosen = choose(split, cut.borders, room)
-        if chosen is None:
-            return
-        tokens = ids[: chosen.tokens]
-        output, borders = whole.watch(tokens[None], chosen.positions, self._sampled)
-        self.samples.append(record(tokens, borders, output[:, -1:], self._sampled, chosen.dtype))
-        self._sampled = _encoded(output)
-
-    def _run_parts(
-        self, split: Split, cut: _Cut, steps: Sequence[torch.Tensor], count: Callable[[], None]
-    ) -> list[torch.Tensor]:
+    def _run_parts(self, split: Split, cut: _Cut, steps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """One part after the other runs all of the steps, so that each is there only once."""
         tensors: list[tuple[Tensor, ...]] = [(pack(ids),) for ids in steps]
         for part in cut.parts:
-            count()
+            self._report(self._done)
+            self._done += 1
             try:
                 with _collected():
                     tensors = self._run_part(split, part, steps, tensors)
@@ -248,7 +240,7 @@ class _Run:
     def _run_part(
         self, split: Split, part: Part, steps: Sequence[torch.Tensor], tensors: Sequence[tuple[Tensor, ...]]
     ) -> list[tuple[Tensor, ...]]:
-        runner = part.runner(self._config, split, self._dtype)
+        runner = part.runner(self._config, split, DTYPES[self._dtype])
         length = sum(ids.shape[1] for ids in steps)
         cache = runner.open(steps[0].shape[0], length, encoded=self._encoded)
         made = zip(tensors, steps, strict=True)
@@ -265,18 +257,13 @@ def _require_same_decoding(whole: Whole, ids: torch.Tensor, encoded: Encoded | N
     tokens, logits = whole.decode(rows, DECODED, encoded)
     for count in range(DECODED):
         text = torch.cat([rows, tokens[:, :count]], dim=1)
-        [made] = whole.run([text], encoded)
+        [made], _ = whole.run([text], encoded)
         if _difference(made[:, -1].float(), logits[:, count].float()) > ALIKE * _largest(logits):
             raise UnsupportedModelError(
                 "this model cannot be published as it is: what it decodes token by token differs from what it computes"
                 " for the whole text; with replay = true in [model.split] it is published as what"
                 " generate(use_cache=False) gives"
             )
-
-
-def _encoded(states: torch.Tensor) -> Encoded:
-    """An encoder's output as its decoder takes it; no row is padded."""
-    return Encoded(states, torch.ones(states.shape[:2], dtype=torch.long))
 
 
 def _text(folder: Path) -> list[int] | None:
@@ -302,16 +289,17 @@ def _collected() -> Iterator[None]:
 
 
 def _compare(
-    dtype: str, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
+    dtype: str, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], exact: Sequence[torch.Tensor] | None
 ) -> Outcome:
-    """The parts' outputs of all steps beside the whole model's; ``exact`` are the whole model's in F32."""
-    if [made.shape for made in found] != [made.shape for made in expected]:
-        raise UnsupportedModelError(
-            f"this model cannot be published: cut into parts it gives {list(found[-1].shape)} where it gives "
-            f"{list(expected[-1].shape)} as a whole"
-        )
+    """The parts' outputs of all steps beside the whole model's; ``exact`` are the whole model's in F32, if known."""
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours.shape != theirs.shape:
+            raise UnsupportedModelError(
+                f"this model cannot be published: cut into parts it gives {list(ours.shape)} where it gives "
+                f"{list(theirs.shape)} as a whole"
+            )
     pairs = [(ours.float(), theirs.float()) for ours, theirs in zip(found, expected, strict=True)]
-    of_f32 = zip(expected, exact, strict=True)
+    of_f32 = [] if exact is None else [(made.float(), best) for made, best in zip(expected, exact, strict=True)]
     return Outcome(
         dtype,
         max_abs=max(_difference(ours, theirs) for ours, theirs in pairs),
@@ -319,7 +307,7 @@ def _compare(
         tolerance=TOLERANCE[dtype],
         tokens=sum(theirs[..., 0].numel() for _, theirs in pairs),
         agreeing=sum(int((ours.argmax(-1) == theirs.argmax(-1)).sum()) for ours, theirs in pairs),
-        from_f32=max(_difference(theirs.float(), best) / _largest(best) for theirs, best in of_f32),
+        from_f32=max((_difference(theirs, best) / _largest(best) for theirs, best in of_f32), default=None),
     )
 
 

@@ -11,17 +11,32 @@ from rich.console import Console
 from torrentlm.cli import seed, text
 from torrentlm.cli.live import live_view, render
 from torrentlm.cli.swarm_view import SwarmView
+from torrentlm.manifest.sidecar import Libraries, Outcome, Sidecar
 
+PROOF = Sidecar(
+    bytes(32),
+    Libraries("2.13.0", "5.23.0", "0.1.0", "x86_64 AVX2"),
+    parts=3,
+    text=True,
+    streamed=False,
+    outcomes=(
+        Outcome("F32", 0.0, 0.0, 1e-5, 10, 10, 0.0),
+        Outcome("BF16", 0.1, 0.01, 0.05, 10, 9, 0.02),
+        Outcome("F16", 2.0, 0.2, 0.01, 10, 1, 0.02),
+    ),
+).described()
 EVENTS = [
     {"event": "progress", "what": "publishing block 0", "done": 0, "total": 100},
     {"event": "progress", "what": "publishing block 1", "done": 1, "total": 100},
-    {"event": "published", "name": "Tiny", "magnet": "magnet:?xt=1"},
+    {"event": "published", "name": "Tiny", "magnet": "magnet:?xt=1", "proof": PROOF},
     {"event": "starting", "name": "Tiny", "magnet": "magnet:?xt=1", "port": 7000},
     {"event": "joined", "name": "Tiny", "blocks_total": 32},
     {"event": "progress", "what": "fetching", "done": 0, "total": 200_000_000, "rate": 0},
     {"event": "progress", "what": "fetching", "done": 1_000_000, "total": 200_000_000, "rate": 5_000_000},
     {"event": "progress", "what": "fetching", "done": 100_000_000, "total": 200_000_000, "rate": 5_000_000},
     {"event": "progress", "what": "loading", "done": 0, "total": 1, "rate": 0},
+    {"event": "rechecked", "outcome": "same", "why": ""},
+    {"event": "rechecked", "outcome": "differs", "why": "block 1 does not compute that"},
     {"event": "ready", "magnet": "magnet:?xt=1", "port": 7000, "blocks": [0, 1, 2, 7], "blocks_total": 32},
     {"event": "peer", "peer": "127.0.0.1:1", "connected": True, "blocks": [3]},
     {"event": "session", "state": "open", "sessions": 1},
@@ -36,12 +51,16 @@ def test_lines_say_each_thing_once():
     view = SwarmView()
     assert [line for event in EVENTS if (line := view.line_for(event))] == [
         "Publishing block 0: 0 B of 100 B",
-        "Published Tiny: magnet:?xt=1",
+        "Published Tiny: magnet:?xt=1\n"
+        "Proof: exact in F32, BF16 within 0.01 of the whole (9 of 10 tokens agree; allowed 0.05), "
+        "F16 OFF by 0.2 of the whole (1 of 10 tokens agree; allowed 0.01); 3 parts, real text; torch 2.13.0, "
+        "transformers 5.23.0",
         "Listening on port 7000",
         "Joined Tiny: 32 blocks",
         "Fetching: 0 B of 200 MB",
         "Fetching: 100 MB of 200 MB",
         "Loading",
+        "Warning: block 1 does not compute that",
         "Ready on port 7000 with blocks 0-2, 7: magnet:?xt=1",
         "Peer 127.0.0.1:1 has block 3",
         "Session open; 1 session now",
@@ -63,12 +82,13 @@ def test_the_display_follows():
         view.apply(event)
     assert "the model has 32" in shown(view)
     assert "fetching" in shown(view) and "100 MB of 200 MB" in shown(view) and "5 MB/s" in shown(view)
-    for event in EVENTS[8:13]:
+    for event in EVENTS[8:15]:
         view.apply(event)
     for part in ("Tiny", "port 7000", "serving blocks 0-2, 7 of 32", "127.0.0.1:1  block 3", "↓ 1.5 MB/s", "↑ 2 kB/s"):
         assert part in shown(view)
+    assert "exact in F32" in shown(view) and "block 1 does not compute that" in shown(view)
     assert "fetching" not in shown(view)
-    view.apply(EVENTS[13])
+    view.apply(EVENTS[15])
     assert "none yet" in shown(view)
 
 

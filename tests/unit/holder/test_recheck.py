@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from torrentlm.compute.samples import CHOICES, ROOM, choose
+from torrentlm.compute.samples import ROOM, choose
 from torrentlm.compute.skeleton import read_config
 from torrentlm.compute.split import analyse
 from torrentlm.config import Recipe
@@ -194,7 +194,7 @@ def test_both_sides_of_an_encoder_decoder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("width", "layers", "expected"),
-    [(64, 4, (8, "F32", 5)), (4096, 32, (8, "BF16", 33)), (16384, 126, (2, "BF16", 48))],
+    [(64, 4, (8, "F32", 5)), (4096, 32, (8, "BF16", 33)), (16384, 126, (4, "BF16", 24))],
 )
 def test_what_is_recorded_fits(width: int, layers: int, expected: tuple[int, str, int], tmp_path: Path) -> None:
     """A model of 405 billion parameters has pairs of neighbours left out, and every one that is kept is whole."""
@@ -208,11 +208,10 @@ def test_what_is_recorded_fits(width: int, layers: int, expected: tuple[int, str
     ).save_pretrained(tmp_path)
     split = analyse(read_config(tmp_path))
     split = replace(split, borders=(split.borders[1],) * (layers + 1))
-    chosen = choose(split, range(layers + 1))
-    assert chosen is not None
+    chosen = choose(split, range(layers + 1), "F32")
     assert (chosen.tokens, chosen.dtype, len(chosen.positions)) == expected
     assert len(chosen.positions) * chosen.tokens * width * (4 if chosen.dtype == "F32" else 2) <= ROOM
     pairs = [at for at in chosen.positions if at + 1 in chosen.positions]
     assert len(pairs) >= len(chosen.positions) // 2
-    assert choose(split, range(layers + 1), room=100) is None
-    assert CHOICES[-1][0] > 1
+    assert choose(split, range(layers + 1), "BF16").dtype == "BF16"
+    assert choose(split, range(layers + 1), "F32", room=100).positions == ()

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from tests.e2e import checkpoint
 from tests.unit.publish.models import listing, save_llama
 from torrentlm.compute import chain
+from torrentlm.compute.samples import TOKENS
 from torrentlm.compute.skeleton import read_config
 from torrentlm.compute.span import SpanRunner
 from torrentlm.config import Recipe
@@ -26,6 +27,7 @@ from torrentlm.publish.publish import publish
 from torrentlm.publish.published import Published, recognise
 from torrentlm.swarm.store import Store
 
+Forward = Callable[..., Any]
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 TINY: dict[str, dict[str, Any]] = {
     "llama": {**SMALL, "num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -68,7 +70,7 @@ def test_publishing_leaves_a_sidecar(folder: Path, store: Store) -> None:
     assert published.sidecar == sidecar
     [outcome] = sidecar.outcomes
     assert outcome.dtype == "F32" and outcome.exact and outcome.max_abs == 0.0
-    assert outcome.tokens == outcome.agreeing == 2 * (proof.PROMPT + proof.SINGLE)
+    assert outcome.tokens == outcome.agreeing == TOKENS[0] + proof.SINGLE
     assert (sidecar.parts, sidecar.text, sidecar.streamed) == (3, True, False)
     [samples] = sidecar.samples
     assert sorted(samples.borders) == list(range(checkpoint.LAYERS + 1))
@@ -111,7 +113,37 @@ def test_the_published_precision_is_compared_too(tmp_path: Path, store: Store) -
     exact, rounded = sidecar.outcomes
     assert (exact.dtype, exact.exact, exact.from_f32) == ("F32", True, 0.0)
     assert rounded.dtype == "BF16" and rounded.good and 0 < rounded.from_f32 < 0.1
-    assert not sidecar.text and exact.tokens == proof.PROMPT + proof.SINGLE
+    assert not sidecar.text and exact.tokens == TOKENS[0] + proof.SINGLE
+
+
+def test_a_large_model_needs_no_f32_where_its_own_precision_is_exact(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_llama(tmp_path / "checkpoint", dtype=torch.bfloat16)
+    published = publish(Recipe("Tiny", tmp_path / "checkpoint", tokenizer=False), store)
+    found = again(published, store, large=0)
+    [outcome] = found.outcomes
+    assert (outcome.dtype, outcome.exact, outcome.from_f32) == ("BF16", True, None)
+    [samples] = found.samples
+    assert {tensor.dtype for border in samples.borders.values() for tensor in border} == {"BF16"}
+    assert Sidecar.from_bytes(found.sidecar(bytes(32)).to_bytes(), bytes(32)).outcomes == found.outcomes
+    # What is not exact there is settled in F32: here it is the rounding that differs.
+    original: Forward = chain.to_wire
+
+    def to_wire(result: Any) -> Any:
+        packed = original(result)
+        if packed[0].dtype == "BF16":
+            data = bytearray(packed[0].data)
+            data[0] ^= 1
+            packed = (replace(packed[0], data=bytes(data)), *packed[1:])
+        return packed
+
+    monkeypatch.setattr(chain, "to_wire", to_wire)
+    found = again(published, store, large=0)
+    assert [(outcome.dtype, outcome.exact, outcome.good) for outcome in found.outcomes] == [
+        ("BF16", False, True),
+        ("F32", True, True),
+    ]
 
 
 @pytest.mark.parametrize("layers_per_block", [1, 2])
@@ -180,8 +212,6 @@ def test_an_interrupted_proof_is_taken_up(folder: Path, store: Store, monkeypatc
 
 
 # -- What is refused.
-
-Forward = Callable[..., Any]
 
 
 def refused(folder: Path, store: Store, match: str) -> None:
