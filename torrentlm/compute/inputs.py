@@ -110,6 +110,8 @@ class Inputs:
             made["use_cache"] = cache is not None
         if self.prepared:
             made = self._prepare(model, point, made)
+        if self.keep is not None:  # some models' own way asks for the last position alone
+            made[self.keep] = int(point.last)
         return {**made, "return_dict": True}
 
     def _prepare(self, model: PreTrainedModel, point: Point, made: dict[str, Any]) -> dict[str, Any]:

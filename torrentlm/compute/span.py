@@ -223,10 +223,7 @@ class SpanRunner:
             "mask": None if cache.attention_mask is None else cache.attention_mask[:, : point.length],
             "encoded": cache.encoded,
         }
-        arguments = names.arguments(self._model, point, ids, cache.states, **given)
-        if names.keep is not None:
-            arguments[names.keep] = int(point.last)
-        return arguments
+        return names.arguments(self._model, point, ids, cache.states, **given)
 
     def _check(self, cache: SpanCache, given: torch.Tensor | Border, tokens: int, last: bool) -> Point:
         """Where the step is, once it is clear that it fits."""

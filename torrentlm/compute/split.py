@@ -332,8 +332,6 @@ class _Analysis:
         )
         if use_cache:
             arguments["use_cache"] = True
-        if self._inputs.keep is not None:
-            arguments[self._inputs.keep] = int(point.last)
         return self._probe.run(point, arguments, self._inputs.ids, self._inputs.output)
 
     def _find_cache(self) -> Callable[[PretrainedConfig], Cache]:

@@ -145,9 +145,9 @@ class Open:
 
     Steps are accepted from this pipe's peer and from the nodes in ``prev``; results go to ``next`` (None: back to the
     client). ``next`` of the head's holder is the stem's holder, which it feeds with sampled tokens. ``pads``: padding
-    per row of the batch, before the text or, where negative, behind it; empty for none. ``source``: tokens per row that
-    an encoder has read, for blocks of a decoder that is to be told of them by ``Encoded``.
-    ``adapter``: apply what it has for these blocks, in this session only.
+    per row of the batch, before the text or, where negative, behind it at the end of ``max_length``; empty for none.
+    ``source``: tokens per row that an encoder has read, for blocks of a decoder that is to be told of them by
+    ``Encoded``. ``adapter``: apply what it has for these blocks, in this session only.
     """
 
     session: Session
