@@ -134,7 +134,7 @@ def spoil(folder: Path) -> None:
     ("harm", "says", "allowed"),
     [
         (truncate, "model.safetensors is not a usable safetensors file", None),
-        (reshape, "has shape [64, 96], but config.json asks for [64, 100]", None),
+        (reshape, "of shape [64, 96], but config.json asks for [64, 100]", None),
         (lose_a_shard, "two.safetensors is missing, although", None),
         (name_another_architecture, "does not know the architecture 'abacus'", None),
         (lose_the_tokenizer, "has no tokenizer", "--no-tokenizer"),

@@ -64,7 +64,7 @@ class Inputs:
             positions="position_ids" if causal and "position_ids" in takes else None,
             keep="logits_to_keep" if "logits_to_keep" in takes else None,
             cache=None,
-            use_cache="use_cache" in takes,
+            use_cache=_knows_use_cache(model),
         )
 
     @classmethod
@@ -79,7 +79,7 @@ class Inputs:
         own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
         takes = _arguments_of(model)
         keep = "logits_to_keep" if "logits_to_keep" in takes else None
-        return cls(takes, "decoder_input_ids", "logits", True, own, None, None, keep, None, "use_cache" in takes)
+        return cls(takes, "decoder_input_ids", "logits", True, own, None, None, keep, None, _knows_use_cache(model))
 
     def arguments(
         self,
@@ -127,8 +127,16 @@ class Inputs:
             is_first_iteration=not point.past,
             **made,
         )
-        return {name: value for name, value in prepared.items() if name in self.takes and value is not None}
+        known = self.takes | ({"use_cache"} if self.use_cache else set())
+        return {name: value for name, value in prepared.items() if name in known and value is not None}
 
 
 def _arguments_of(module: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(module.forward).parameters)
+
+
+def _knows_use_cache(module: nn.Module) -> bool:
+    """Whether ``use_cache`` tells it to keep its state: some only pass the word on, among their other arguments."""
+    parameters = inspect.signature(module.forward).parameters
+    passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return "use_cache" in parameters or (passes_on and "past_key_values" in parameters)

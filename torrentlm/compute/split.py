@@ -31,8 +31,8 @@ from torrentlm.compute.values import Place
 from torrentlm.errors import UnsupportedModelError
 
 FIRST, SECOND, THIRD = Point(2, 5, source=11, last=True), Point(3, 7, source=6), Point(2, 10, source=8)
-MORE, ONE = Point(2, 2, past=5, source=11), Point(3, 1, past=7, source=6)
-"""The steps that are watched; MORE goes on behind FIRST, ONE behind SECOND. What differs tells the axes of a border."""
+MORE, ONE = Point(2, 2, past=5, source=11), Point(2, 1, past=5, source=11)
+"""The steps that are watched; MORE and ONE go on behind FIRST. What differs tells the axes of a border."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +279,9 @@ class _Analysis:
         self._states: list[State] = []
         if with_cache:
             make = self._make_cache = self._find_cache()
-            self._passes = [*self._with_cache(make, SECOND, ONE), *self._with_cache(make, FIRST, MORE)]
+            self._passes = self._with_cache(make, SECOND)
+            for behind in (MORE, ONE):
+                self._passes += self._with_cache(make, FIRST, behind)
             self._chunks = self._goes_on_in_parts()
         else:
             self._passes = [self._run(point, None) for point in (FIRST, SECOND, THIRD)]

@@ -7,7 +7,7 @@ nothing that anybody could take for a result.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -87,7 +87,12 @@ class Whole:
             states = self._split.inputs.encoded(last_hidden_state=encoded.states)
             given |= {"encoder_outputs": states, "attention_mask": encoded.mask}
         plain = GenerationConfig(
-            max_new_tokens=tokens, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+            decoder_start_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         with self._followed({}, ()):
             try:
@@ -124,7 +129,8 @@ class Whole:
             if split.inputs.keep is not None:
                 arguments[split.inputs.keep] = 0  # all
             output = self._forward(arguments)
-            results.append(getattr(output, split.inputs.output)[:, -ids.shape[1] :])
+            made = getattr(output, split.inputs.output)
+            results.append(made[:, -ids.shape[1] :] if split.inputs.causal else made)
             past = end
         return results
 
@@ -148,7 +154,7 @@ class Whole:
         carried = [slot for slot in wanted if isinstance(slot, Carried)]
         returned = [slot for slot in wanted if isinstance(slot, Returned)]
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             for slot in carried:
                 if slot.call == calls:
                     value = at((args, kwargs), slot.place)
@@ -156,7 +162,7 @@ class Whole:
             if calls % split.layers == 0 and 0 in begins:  # the first part is the stem alone
                 self._bring(begins[0])
 
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal calls
             if any(slot.call == calls for slot in returned):
                 made = flatten(output)[0] + entry_tensors(split.calls[calls].maps, args, kwargs)
@@ -166,18 +172,26 @@ class Whole:
             if end in begins:
                 self._bring(begins[end])
 
-        handles = []
-        if self._streamed:
-            handles.append(self._runs.register_forward_pre_hook(lambda *_: self._bring(0)))
-        for path in dict.fromkeys(call.path for call in split.calls):
-            module = self._model.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after, with_kwargs=True))
+        def followed(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                before(args, kwargs)
+                output = forward(*args, **kwargs)
+                after(args, kwargs, output)
+                return output
+
+            return call
+
+        begin = self._runs.register_forward_pre_hook(lambda *_: self._bring(0)) if self._streamed else None
+        modules = [self._model.get_submodule(path) for path in dict.fromkeys(call.path for call in split.calls)]
+        for module in modules:  # no hooks: some models call a layer's forward directly
+            module.forward = followed(module.forward)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for module in modules:
+                del module.forward
+            if begin is not None:
+                begin.remove()
 
     def _bring(self, number: int) -> None:
         """Have the weights of this part and of no other."""

@@ -47,7 +47,7 @@ DECODED = 3
 """Tokens that a model without a known state decodes by itself."""
 ALIKE = 1e-3
 """How far apart its logits may then be, as a share of the largest."""
-MEMORY = 256 << 20
+MEMORY = 128 << 20
 """Bytes of weights that are there at once, if they are at most half of what the machine has to give."""
 LARGE = 1 << 30
 """Bytes of all weights in F32 from which on converting them to F32 takes longer than publishing."""

@@ -314,13 +314,23 @@ def test_missing_tensor(folder: Path, store: Store) -> None:
 
 
 def test_other_names(folder: Path, store: Store) -> None:
-    rewrite(folder, **{"model.norm.weight": None, "norm.weight": torch.ones(32)})
-    refused(Recipe("m", folder), store, UnsupportedModelError, r"norm\.weight, where the model has model\.norm\.weight")
+    rewrite(folder, **{"model.norm.weight": None, "last_norm.weight": torch.ones(32)})
+    sentence = r"last_norm\.weight, where the model has model\.norm\.weight"
+    refused(Recipe("m", folder), store, UnsupportedModelError, sentence)
+
+
+def test_names_without_the_models_prefix(folder: Path, store: Store) -> None:
+    """As checkpoints of a model without its head have them; what is published is the same."""
+    whole = publish(Recipe("m", folder), store)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    safetensors.torch.save_file(bare, folder / "model.safetensors")
+    assert publish(Recipe("m", folder), store).magnet == whole.magnet
 
 
 def test_shapes_disagree(folder: Path, store: Store) -> None:
     rewrite(folder, **{"model.norm.weight": torch.ones(16)})
-    refused(Recipe("m", folder), store, ArtifactError, r"model\.norm\.weight has shape \[16\].*\[32\]")
+    refused(Recipe("m", folder), store, ArtifactError, r"model\.norm\.weight of shape \[16\].*\[32\]")
 
 
 def test_pickle(folder: Path, store: Store) -> None:
