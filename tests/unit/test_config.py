@@ -214,7 +214,7 @@ def test_wrong_values_name_the_key_and_what_it_wants(line: str, says: list[str],
         (f'magnet = "{MAGNET}"\n[model]\nname = "x"\n', "must name one model"),
         ('magnet = "http:x"', 'begins with "magnet:?"'),
         ("magnet = 3", 'begins with "magnet:?"'),
-        ('[model]\nname = "x"', "exactly one of folder, gguf and package (it has none of them)"),
+        ('[model]\nname = "x"', "exactly one of folder, gguf, package and config (it has none of them)"),
         ('[model.source]\nfolder = "x"', "has no name"),
         ('[model]\nname="x"\n[model.source]\nfolder="x"\ngguf="y"', "(it has folder and gguf)"),
         ('[model]\nname="x"\n[model.source]\npackage="x"', "package and file together"),
@@ -300,7 +300,7 @@ def test_what_an_adapter_table_cannot_say(text: str, says: str, tmp_path: Path):
 def test_document_and_dataclasses_agree():
     """docs/model-toml.md has one table per TOML table, a row per key, with the default that the code has."""
     assert tuple(config.NODE_KEYS) == tuple(key.name for key in fields(NodeConfig))
-    assert {*config.MODEL_KEYS, *config.SOURCE_KEYS} == {key.name for key in fields(Recipe)}
+    assert {*config.MODEL_KEYS, *config.SOURCE_KEYS, *config.SPLIT_KEYS} == {key.name for key in fields(Recipe)}
     sections = re.split(r"^## ", DOC.read_text(), flags=re.MULTILINE)
     rows = {
         match[1]: dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, flags=re.MULTILINE))
@@ -309,6 +309,7 @@ def test_document_and_dataclasses_agree():
     }
     assert set(rows["model"]) == set(config.MODEL_KEYS)
     assert set(rows["model.source"]) == set(config.SOURCE_KEYS)
+    assert set(rows["model.split"]) == set(config.SPLIT_KEYS)
     assert set(rows["adapter"]) == set(config.ADAPTER_KEYS) == {key.name for key in fields(AdapterRecipe)}
     assert set(rows["node"]) == set(config.NODE_KEYS)
     for name, default in rows["node"].items():

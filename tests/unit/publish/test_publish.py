@@ -314,13 +314,15 @@ def test_missing_tensor(folder: Path, store: Store) -> None:
 
 
 def test_other_names(folder: Path, store: Store) -> None:
-    rewrite(folder, **{"model.norm.weight": None, "norm.weight": torch.ones(32)})
-    refused(Recipe("m", folder), store, UnsupportedModelError, r"norm\.weight, where the model has model\.norm\.weight")
+    rewrite(folder, **{"model.norm.weight": None, "scale.weight": torch.ones(32)})
+    refused(
+        Recipe("m", folder), store, UnsupportedModelError, r"scale\.weight, where the model has model\.norm\.weight"
+    )
 
 
 def test_shapes_disagree(folder: Path, store: Store) -> None:
     rewrite(folder, **{"model.norm.weight": torch.ones(16)})
-    refused(Recipe("m", folder), store, ArtifactError, r"model\.norm\.weight has shape \[16\].*\[32\]")
+    refused(Recipe("m", folder), store, ArtifactError, r"model\.norm\.weight of shape \[16\].*\[32\]")
 
 
 def test_pickle(folder: Path, store: Store) -> None:
