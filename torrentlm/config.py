@@ -128,7 +128,7 @@ def _flag_word(text: str) -> object:
 
 def _texts(value: object, base: Path) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise TypeError
+        raise ValueError  # noqa: TRY004  # as all of these do
     return tuple(_text(item, base) for item in value)
 
 
@@ -201,7 +201,7 @@ class Recipe:
     ``file`` (a file in an installed Python package: a GGUF, or a checkpoint's config.json), or ``config`` (a
     config.json alone: random weights, those of ``seed``). ``dtype`` None: the checkpoint's own precision (GGUF: fp32).
 
-    ``layer_stacks``, ``task`` and ``replay`` say how to split what cannot be split by looking at it, see
+    ``layer_stacks``, ``task``, ``replay`` and ``chunks`` say how to split what cannot be split by looking at it, see
     docs/model-toml.md.
     ``tokenizer``: refuse a model that has none; ``allow_nan``: do not refuse weights that are NaN or infinite.
     ``consume``: remove the folder's weight files once they are published.
@@ -222,6 +222,7 @@ class Recipe:
     layer_stacks: tuple[str, ...] = ()
     task: str = "auto"
     replay: bool = False
+    chunks: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +287,7 @@ SOURCE_KEYS = {
     "seed": _SEED,
     "consume": _FLAG,
 }
-SPLIT_KEYS = {"layer_stacks": _TEXTS, "task": _TASK, "replay": _FLAG}
+SPLIT_KEYS = {"layer_stacks": _TEXTS, "task": _TASK, "replay": _FLAG, "chunks": _FLAG}
 ADAPTER_KEYS = {"name": _TEXT, "folder": _PATH}
 NODE_KEYS = {
     "data": _PATH,

@@ -52,13 +52,13 @@ SILENCE_LIMIT_S = 60.0
 """Longest wait for the next token or output; a dead pipe is noticed much sooner."""
 LEASE_S = 30.0
 PREFILL_CHUNK = 512
+"""Tokens per step of a long prompt: the holders work on different chunks of it at the same time."""
 IN_FLIGHT = 4
 """Chunks of a prompt under way at once, so that every holder has one to run and none has to keep a whole prompt."""
 OUTPUT_BYTES = 32 << 20
 """Most bytes of logits asked for at once."""
 LOGIT_BYTES = 4
 FLOATS = ("F16", "BF16", "F32", "F64")
-"""Tokens per step of a long prompt: the holders work on different chunks of it at the same time."""
 CLOSE_TIMEOUT_S = 1.0
 
 

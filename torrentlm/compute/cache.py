@@ -16,7 +16,9 @@ import torch
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     EncoderDecoderCache,
     LinearAttentionCacheLayerMixin,
 )
@@ -191,17 +193,25 @@ def _drop_slack(layer: Any) -> None:
             setattr(layer, name, tensor.clone())
 
 
+_CROPS = (ReservedLayer, DynamicLayer, DynamicIndexedLayer, DynamicSlidingWindowLayer)
+"""Layers of which all that is known is keys and values. A model's own kind may keep more, which ``crop`` leaves."""
+
+
+def can_always_crop(layer: Any) -> bool:
+    """Whether a layer's state can be cut at any token, however many there are."""
+    return isinstance(layer, DummyLayer) or (type(layer) in _CROPS and not layer.is_sliding)
+
+
 def _can_crop(layer: Any) -> bool:
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        return False
-    window = getattr(layer, "sliding_window", None)
-    return bool(layer.is_croppable) and (window is None or layer.get_seq_length() < window)
+    if type(layer) is DynamicSlidingWindowLayer:
+        return bool(layer.get_seq_length() < layer.sliding_window)
+    return can_always_crop(layer)
 
 
 def _copied(layer: Any) -> dict[str, Any]:
-    """The layer's attributes. transformers replaces the tensors of growing layers and overwrites those of others."""
-    overwritten = isinstance(layer, LinearAttentionCacheLayerMixin)
-    return {name: _cloned(value) if overwritten else _kept(value) for name, value in vars(layer).items()}
+    """The layer's attributes. transformers replaces the tensors of growing layers; others may overwrite theirs."""
+    replaces = type(layer) in _CROPS
+    return {name: _kept(value) if replaces else _cloned(value) for name, value in vars(layer).items()}
 
 
 def _kept(value: Any) -> Any:
@@ -213,4 +223,6 @@ def _cloned(value: Any) -> Any:
         return value.clone()
     if isinstance(value, dict):
         return {key: _cloned(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_cloned(item) for item in value]
     return value

@@ -15,6 +15,7 @@ from torrentlm.compute.inputs import Encoded
 from torrentlm.compute.span import SpanRunner
 from torrentlm.compute.split import Hints, Split
 from torrentlm.compute.weights import Names
+from torrentlm.errors import UnsupportedModelError
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.records import Span
 from torrentlm.wire.messages import Want
@@ -25,7 +26,21 @@ def hints_of(manifest: Manifest) -> Hints:
     """What the publisher's analysis found, for that of a holder, which may run another version of this program."""
     stacks = tuple(side.layer_stack for side in manifest.sides)
     replay = manifest.blocks[-1].rewind == "replay"  # an encoder keeps no state anyway
-    return Hints(stacks, encoder=manifest.task == "encoder", replay=replay)
+    encoder, chunks = manifest.task == "encoder", manifest.sides[-1].chunks
+    return Hints(stacks, encoder=encoder, replay=replay, chunks=chunks)
+
+
+def require_same_cut(manifest: Manifest, sides: Sequence[Split]) -> None:
+    """Raise UnsupportedModelError unless a model is cut as its publisher cut it: other libraries may find otherwise."""
+    for number, (side, split) in enumerate(zip(manifest.sides, sides, strict=True)):
+        blocks = manifest.side_blocks(number)
+        entries = manifest.blocks[blocks.first : blocks.last + 1]
+        rewinds = [split.rewind(entry.layers or ()) for entry in entries] if split.layers == side.layers else []
+        if rewinds != [entry.rewind for entry in entries] or split.chunks != side.chunks:
+            raise UnsupportedModelError(
+                "this model is cut otherwise here than by its publisher: its blocks hold what another version of"
+                " transformers made of it; install the version that torrentlm inspect shows"
+            )
 
 
 @dataclass(frozen=True, slots=True)

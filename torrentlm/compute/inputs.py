@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from torrentlm.compute.sizes import Point
+from torrentlm.errors import RefusedError
 
 FILLER = 3
 """The token id that stands where a part of the model does not get to see the real ones: none that commonly pads."""
@@ -115,7 +116,10 @@ class Inputs:
         return {**made, "return_dict": True}
 
     def _prepare(self, model: PreTrainedModel, point: Point, made: dict[str, Any]) -> dict[str, Any]:
-        """What the model's own code makes of them; earlier ids it only ever drops."""
+        """What the model's own code makes of them. Earlier ids may be dropped, and are not known here.
+
+        Raises RefusedError where the model wants to see all of the text again (other rotary tables for a long one).
+        """
         ids = made.pop(self.ids)
         if point.past:
             ids = torch.cat([ids.new_full((point.batch, point.past), FILLER), ids], dim=1)
@@ -127,6 +131,15 @@ class Inputs:
             is_first_iteration=not point.past,
             **made,
         )
+        if (
+            point.past
+            and self.cache is not None
+            and (prepared.get(self.cache) is None or prepared[self.ids].shape[1] != point.tokens)
+        ):
+            raise RefusedError(
+                f"at {point.length} tokens this model computes all of the text anew, which no session can: end before that",
+                "max_length",
+            )
         known = self.takes | ({"use_cache"} if self.use_cache else set())
         return {name: value for name, value in prepared.items() if name in known and value is not None}
 

@@ -52,12 +52,14 @@ def read_config(folder: Path, allow_code: Collection[str] = ()) -> PretrainedCon
             code.require_allowed(allow_code)
             return own_config(code, folder, settings)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (KeyError, ValueError) as error:
+    except (ArtifactError, UnsupportedModelError):
+        raise
+    except OSError as error:
+        raise ArtifactError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from error
+    except Exception as error:  # a config's own code looks at all that it says
         raise UnsupportedModelError(
             f"transformers cannot read {folder / 'config.json'}: {first_line(error)}"
         ) from error
-    except OSError as error:
-        raise ArtifactError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from error
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
@@ -103,6 +105,11 @@ def _model_classes(config: PretrainedConfig) -> Iterator[Any]:
         named = getattr(transformers, name, None) if name.isidentifier() else None
         if isinstance(named, type) and issubclass(named, PreTrainedModel):
             yield named
+    if config.architectures and not any(hasattr(transformers, name) for name in config.architectures):
+        raise UnsupportedModelError(
+            f"transformers knows no class {config.architectures[0]}; another version may, or architectures in"
+            " config.json is wrong"
+        )
     for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModel):
         if type(config) in auto._model_mapping:
             mapped = auto._model_mapping[type(config)]

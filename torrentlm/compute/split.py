@@ -18,17 +18,17 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     EncoderDecoderCache,
-    LinearAttentionCacheLayerMixin,
 )
 
 from torrentlm.compute.border import BorderShape, Carried, Returned, Slot, TensorShape, TokenIds
+from torrentlm.compute.cache import can_always_crop
 from torrentlm.compute.inputs import FILLER, Encoded, Inputs
 from torrentlm.compute.probe import Inside, Kept, MapEntry, Pass, Probe, SeenCarried, Weight, entries_of
 from torrentlm.compute.sizes import Point, Size
 from torrentlm.compute.skeleton import GhostProducts, build_skeleton, first_line
 from torrentlm.compute.stack import Stack, find_stacks
 from torrentlm.compute.values import Place
-from torrentlm.errors import UnsupportedModelError
+from torrentlm.errors import RefusedError, UnsupportedModelError
 
 FIRST, SECOND, THIRD = Point(2, 5, source=11, last=True), Point(3, 7, source=6), Point(2, 10, source=8)
 MORE, ONE = Point(2, 2, past=5, source=11), Point(2, 1, past=5, source=11)
@@ -133,12 +133,14 @@ class Split:
 class Hints:
     """What a recipe says where looking at the model is not enough. ``layer_stacks``: the path of the list of layers, of
     an encoder-decoder the encoder's and the decoder's. ``encoder``: the model is called once for each text, though its
-    class could generate. ``replay``: keep no state, run the whole text in every step.
+    class could generate. ``replay``: keep no state, run the whole text in every step. ``chunks``
+    false: a prompt comes whole, and behind it one token at a time.
     """
 
     layer_stacks: tuple[str, ...] = ()
     encoder: bool = False
     replay: bool = False
+    chunks: bool = True
 
 
 def analyse(config: PretrainedConfig, hints: Hints = Hints()) -> Split:
@@ -156,6 +158,8 @@ def analyse_sides(config: PretrainedConfig, hints: Hints = Hints()) -> tuple[Spl
     Raises UnsupportedModelError, with the reason, for a model that cannot be cut exactly by these rules.
     """
     model = build_skeleton(config, torch.float32)
+    if len(hints.layer_stacks) > 1 + bool(model.config.is_encoder_decoder):
+        raise UnsupportedModelError("layer_stacks has an entry for the model, or two for an encoder and a decoder.")
     if not model.config.is_encoder_decoder:
         inputs = Inputs.of(model, causal=bool(model.can_generate()) and not hints.encoder)
         if not inputs.causal and isinstance(getattr(_made_by(model), "logits", None), torch.Tensor):
@@ -202,6 +206,7 @@ def _best(
         for with_cache in (True, False) if inputs.causal and not hints.replay else (False,):
             try:
                 split = _Analysis(model, module, inputs, stack, width, with_cache).split()
+                split = replace(split, chunks=split.chunks and (hints.chunks or not inputs.causal))
             except UnsupportedModelError as error:
                 problem = error if problem is None or not with_cache else problem
                 continue
@@ -329,9 +334,12 @@ class _Analysis:
         if self._width is not None:
             mask = torch.ones(point.batch, point.source, dtype=torch.long)
             encoded = Encoded(torch.zeros(*mask.shape, self._width), mask)
-        arguments = self._inputs.arguments(
-            self._model, point, ids, cache, positions=positions, mask=None, encoded=encoded
-        )
+        try:
+            arguments = self._inputs.arguments(
+                self._model, point, ids, cache, positions=positions, mask=None, encoded=encoded
+            )
+        except RefusedError as error:
+            raise UnsupportedModelError(str(error)) from error
         if use_cache:
             arguments["use_cache"] = True
         return self._probe.run(point, arguments, self._inputs.ids, self._inputs.output)
@@ -397,7 +405,7 @@ class _Analysis:
             per_token = max(0, int((other - one) // (SECOND.tokens - point.tokens)))
             per_row = max(0, int(one - per_token * point.tokens))
             kept = tuple(entries.get(call, ()))
-            trims = all(_trims(entries_of(cache)[index]) for index in kept)
+            trims = all(can_always_crop(entries_of(cache)[index]) for index in kept)
             crossed = sum(_numel(_crossed(cache, index)) for index in kept)
             per_source = crossed // (point.batch * point.source) if point.source else 0
             windows = [getattr(entries_of(cache)[index], "sliding_window", None) for index in kept]
@@ -507,10 +515,6 @@ def _crossed(cache: Cache, index: int) -> Any:
 
 def _numel(entry: Any) -> int:
     return sum(tensor.numel() for tensor in _tensors_of(entry)) if entry is not None else 0
-
-
-def _trims(entry: Any) -> bool:
-    return not isinstance(entry, LinearAttentionCacheLayerMixin) and getattr(entry, "sliding_window", None) is None
 
 
 def _maker(cache: Cache) -> Callable[[PretrainedConfig], Cache]:

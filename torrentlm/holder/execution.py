@@ -54,6 +54,7 @@ class Execution:
         self._pads = opened.pads
         tables = 2 * 8 * opened.batch * opened.max_length  # the mask and the positions
         self._source = opened.source
+        self._encoded: tuple[Tensor, ...] | None = None
         if bool(opened.source) != self._model.is_decoder(span):
             raise RefusedError(
                 "a decoder's session says how much the encoder has read, and no other does", "bad_request"
@@ -76,10 +77,16 @@ class Execution:
         self._cache = self._runner.open(self._batch, self._max_length, self._pads)
 
     def encoded(self, message: Encoded) -> None:
-        """What the encoder made. Raises RefusedError or RemoteProtocolError for what does not fit this session."""
-        self._cache.encoded = self._runner.encoded(
-            self._cache, self._source, [unpack(part) for part in message.tensors]
-        )
+        """What the encoder made; it is looked into with the next step. Raises RefusedError if it has come before."""
+        if self._encoded is not None or not self._source:
+            raise RefusedError("a decoder's session is told once what the encoder made, and no other is", "bad_request")
+        self._encoded = message.tensors
+
+    def _take_encoded(self) -> None:
+        if self._encoded and self._cache.encoded is None:
+            tensors = [unpack(part) for part in self._encoded]
+            self._cache.encoded = self._runner.encoded(self._cache, self._source, tensors)
+            self._encoded = ()
 
     @property
     def is_head(self) -> bool:
@@ -108,7 +115,7 @@ class Execution:
 
     def lacks(self, step: Step) -> str:
         """What has to come before this step can run, "" if nothing."""
-        if self._source and self._cache.encoded is None:
+        if self._source and self._encoded is None:
             return "what the encoder made"
         return "what to sample" if self._needs_order(step) else ""
 
@@ -121,6 +128,7 @@ class Execution:
     def run(self, step: Step) -> Result:
         """Run one step. Raises RefusedError or RemoteProtocolError if its tensors cannot be this span's input."""
         runner = self._runner
+        self._take_encoded()
         if self._cache.length > step.position:
             runner.trim(self._cache, step.position)
         if self._cache.length < step.position:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torrentlm.compute.border import DTYPES
-from torrentlm.compute.chain import hints_of, part_of
+from torrentlm.compute.chain import hints_of, part_of, require_same_cut
 from torrentlm.compute.samples import check
 from torrentlm.compute.skeleton import read_config
 from torrentlm.compute.span import SpanRunner
@@ -68,6 +68,7 @@ class HeldModel:
         self._paths = dict(paths)
         self._config: Any = read_config(folder, allow_code)
         self._sides: tuple[Split, ...] = analyse_sides(self._config, hints_of(manifest))
+        require_same_cut(manifest, self._sides)
         self._runners: OrderedDict[Span, SpanRunner] = OrderedDict()
         for side in range(len(manifest.sides)):
             blocks = manifest.side_blocks(side)

@@ -43,6 +43,8 @@ TOLERANCE = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-2, "BF16": 5e-2}
 PARTS = 3
 SINGLE = 2
 """Steps of one token behind the prompt; one where the weights are streamed: each costs a pass over all of them."""
+LONGER = 24
+"""Tokens of a prompt that comes at once and in two parts."""
 DECODED = 3
 """Tokens that a model without a known state decodes by itself."""
 ALIKE = 1e-3
@@ -108,7 +110,9 @@ def prove(
             break
         run = runs[dtype] = _Run(config, dtype, text, lambda done: report(done, len(parts)))
         for split, cut in zip(splits, cuts, strict=True):
-            run.side(split, cut, len(cuts), by_itself=by_itself and dtype == "F32")
+            run.side(
+                split, cut, len(cuts), by_itself=by_itself and dtype == "F32", in_parts=not is_large and dtype == "F32"
+            )
         outcomes[dtype] = _compare(dtype, run.found, run.expected, runs["F32"].expected if "F32" in runs else None)
         if dtype == "F32":
             _require_good(outcomes[dtype])
@@ -193,8 +197,10 @@ class _Run:
         self._done = 0
         self._encoded: Encoded | None = None
 
-    def side(self, split: Split, cut: _Cut, sides: int, *, by_itself: bool) -> None:
-        """Run one of so many sides. ``by_itself``: what replays has to be what the model decodes by itself."""
+    def side(self, split: Split, cut: _Cut, sides: int, *, by_itself: bool, in_parts: bool) -> None:
+        """Run one of so many sides. ``by_itself``: what replays has to be what the model decodes by itself.
+        ``in_parts``: a prompt in parts has to give what it gives at once.
+        """
         whole = Whole(self._config, split, cut.parts, DTYPES[self._dtype], streamed=cut.streamed)
         chosen = choose(split, cut.borders, self._dtype, ROOM // sides)
         singles = 0 if not split.inputs.causal else 1 if cut.streamed else SINGLE
@@ -202,6 +208,8 @@ class _Run:
         expected, borders = whole.run(steps, self._encoded, chosen.positions)
         if by_itself and split.replays and split.inputs.causal:
             _require_same_decoding(whole, steps[0], self._encoded)
+        if in_parts and split.inputs.causal and split.chunks and not split.replays:
+            _require_same_in_parts(whole, self._encoded)
         self.samples.append(record(steps[0][0], borders, expected[0][:, -1:], self._encoded, chosen.dtype))
         if cut.streamed:
             whole.release()  # else the parts use the same
@@ -245,6 +253,19 @@ class _Run:
         cache = runner.open(steps[0].shape[0], length, encoded=self._encoded)
         made = zip(tensors, steps, strict=True)
         return [step(runner, cache, given, ids.shape[1], Want.LOGITS_ALL) for given, ids in made]
+
+
+def _require_same_in_parts(whole: Whole, encoded: Encoded | None) -> None:
+    """Some models do not agree with themselves when a prompt comes in parts, as long ones do."""
+    ids = torch.randint(0, whole.vocabulary, (1, LONGER), generator=torch.Generator().manual_seed(1))
+    at_once, _ = whole.run([ids], encoded)
+    in_parts, _ = whole.run([ids[:, : LONGER // 2 - 2], ids[:, LONGER // 2 - 2 :]], encoded)
+    one, other = at_once[0][:, -1].float(), in_parts[1][:, -1].float()
+    if _difference(one, other) > ALIKE * _largest(one):
+        raise UnsupportedModelError(
+            "this model cannot be published as it is: a prompt in parts gives something else than the whole prompt; with"
+            " chunks = false in [model.split] holders get each prompt whole"
+        )
 
 
 def _require_same_decoding(whole: Whole, ids: torch.Tensor, encoded: Encoded | None) -> None:

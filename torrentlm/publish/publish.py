@@ -177,7 +177,7 @@ def _understand(payload: Mapping[str, bytes], recipe: Recipe, staging: Path, all
     if dtype is not None:
         settings.pop("torch_dtype", None)
         settings["dtype"] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
-    hints = Hints(recipe.layer_stacks, encoder=recipe.task == "encoder", replay=recipe.replay)
+    hints = Hints(recipe.layer_stacks, encoder=recipe.task == "encoder", replay=recipe.replay, chunks=recipe.chunks)
     shapes = {name: tuple(weight.shape) for name, weight in named_weights(skeleton)}
     return _Model(config, skeleton, shapes, analyse_sides(config, hints), settings)
 
