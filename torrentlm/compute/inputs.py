@@ -137,7 +137,7 @@ class Inputs:
             and (prepared.get(self.cache) is None or prepared[self.ids].shape[1] != point.tokens)
         ):
             raise RefusedError(
-                f"at {point.length} tokens this model computes all of the text anew, which no session can: end before that",
+                f"at {point.length} tokens this model computes all of the text anew, which no session can: end before",
                 "max_length",
             )
         known = self.takes | ({"use_cache"} if self.use_cache else set())

@@ -263,8 +263,8 @@ def _require_same_in_parts(whole: Whole, encoded: Encoded | None) -> None:
     one, other = at_once[0][:, -1].float(), in_parts[1][:, -1].float()
     if _difference(one, other) > ALIKE * _largest(one):
         raise UnsupportedModelError(
-            "this model cannot be published as it is: a prompt in parts gives something else than the whole prompt; with"
-            " chunks = false in [model.split] holders get each prompt whole"
+            "this model cannot be published as it is: a prompt in parts gives something else than the whole prompt;"
+            " with chunks = false in [model.split] holders get each prompt whole"
         )
 
 
