@@ -131,6 +131,8 @@ class Inputs:
             is_first_iteration=not point.past,
             **made,
         )
+        if self.cache is not None and not point.past:
+            prepared[self.cache] = made[self.cache]  # an empty one is as good as what the model would make instead
         if (
             point.past
             and self.cache is not None

@@ -26,7 +26,7 @@ from torrentlm.compute.skeleton import build_skeleton, first_line, replace_param
 from torrentlm.compute.split import Split, named_weights, vocabulary_of
 from torrentlm.compute.values import at, flatten
 from torrentlm.compute.weights import Weights, attach_weights
-from torrentlm.errors import UnsupportedModelError
+from torrentlm.errors import RefusedError, UnsupportedModelError
 
 _ANY_MODELS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
 """What may come out of a model's own code."""
@@ -117,15 +117,18 @@ class Whole:
             end = past + ids.shape[1]
             start = 0 if split.replays else past
             point = Point(batch, end - start, start, 0 if encoded is None else encoded.states.shape[1])
-            arguments = split.inputs.arguments(
-                self._model,
-                point,
-                text[:, start:end],
-                cache,
-                positions=positions[:, start:end],
-                mask=None,
-                encoded=encoded,
-            )
+            try:
+                arguments = split.inputs.arguments(
+                    self._model,
+                    point,
+                    text[:, start:end],
+                    cache,
+                    positions=positions[:, start:end],
+                    mask=None,
+                    encoded=encoded,
+                )
+            except RefusedError as error:
+                raise UnsupportedModelError(f"this model cannot be published as it is: {error}") from error
             if split.inputs.keep is not None:
                 arguments[split.inputs.keep] = 0  # all
             output = self._forward(arguments)
