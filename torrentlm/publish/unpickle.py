@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ def _read(path: Path) -> object:
     except OSError as error:
         raise unreadable(path, error) from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():  # the sentence below says it all
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a foreign parser on a foreign file
         raise ArtifactError(
             f"{path} is damaged or holds more than tensors, which were not run; fetch the model as safetensors"

@@ -261,7 +261,7 @@ def read_endpoint(data: Path) -> Endpoint | None:
 def disk_full(needed: int, free: int, folder: Path) -> StorageError:
     return StorageError(
         f"disk full: block set needs {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free; "
-        "free some or hold fewer blocks"
+        "free some, choose another folder with --data, or hold fewer blocks"
     )
 
 
