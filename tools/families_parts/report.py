@@ -24,9 +24,10 @@ a prompt to the bit, {tokens} greedy tokens, a left-padded batch of two, a promp
 there is one, a prompt in chunks where the model itself can do that. Of masked models only logits are compared. Each is
 saved, published and held as any checkpoint is.
 
-A few models do not agree with themselves: what they decode step by step differs from what their forward gives for the
-whole text, so that no split could give both. With `replay = true` in the recipe they are held to the latter, which is
-`generate(use_cache=False)`; the table says so.
+A few models do not agree with themselves. What some decode step by step differs from what their forward gives for the
+whole text, so that no split could give both: with `replay = true` in the recipe they are held to the latter, which is
+`generate(use_cache=False)`. Others give for a prompt in parts something else than for the prompt at once: with `chunks =
+false` holders get it whole. Publishing refuses both without the hint; the table says which models have one.
 
 torch {torch}, transformers {transformers}.
 
