@@ -26,8 +26,8 @@ saved, published and held as any checkpoint is.
 
 A few models do not agree with themselves. What some decode step by step differs from what their forward gives for the
 whole text, so that no split could give both: with `replay = true` in the recipe they are held to the latter, which is
-`generate(use_cache=False)`. Others give for a prompt in parts something else than for the prompt at once: with `chunks =
-false` holders get it whole. Publishing refuses both without the hint; the table says which models have one.
+`generate(use_cache=False)`. Others give for a prompt in parts something else than for the prompt at once: with
+`chunks = false` holders get it whole. Publishing refuses both without the hint; the table says which models have one.
 
 torch {torch}, transformers {transformers}.
 
