@@ -11,8 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torrentlm import config
-from torrentlm.config import AdapterRecipe, NodeConfig, Recipe, Settings, load, merge, parse_size
+from torrentlm.config import (
+    NODE_KEYS,
+    AdapterRecipe,
+    NodeConfig,
+    Recipe,
+    Settings,
+    load,
+    merge,
+    parse_size,
+    variable_of,
+)
+from torrentlm.config.merging import ADAPTER_KEYS, MAX_FILE, MODEL_KEYS, SOURCE_KEYS, SPLIT_KEYS
 from torrentlm.errors import ConfigError
 from torrentlm.records import Endpoint, Span
 
@@ -233,7 +243,7 @@ def test_a_file_that_names_no_model_or_contradicts_itself(text: str, says: str, 
 
 def test_files_that_are_no_model_toml(tmp_path: Path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "huge").write_bytes(b"#" * (config.MAX_FILE + 1))
+    (tmp_path / "huge").write_bytes(b"#" * (MAX_FILE + 1))
     for name, says in (("absent", "no such file"), (".", "directory"), ("binary", "text file"), ("huge", "too large")):
         with pytest.raises(ConfigError, match=says):
             load(tmp_path / name, environment={})
@@ -299,25 +309,25 @@ def test_what_an_adapter_table_cannot_say(text: str, says: str, tmp_path: Path):
 
 def test_document_and_dataclasses_agree():
     """docs/model-toml.md has one table per TOML table, a row per key, with the default that the code has."""
-    assert tuple(config.NODE_KEYS) == tuple(key.name for key in fields(NodeConfig))
-    assert {*config.MODEL_KEYS, *config.SOURCE_KEYS, *config.SPLIT_KEYS} == {key.name for key in fields(Recipe)}
+    assert tuple(NODE_KEYS) == tuple(key.name for key in fields(NodeConfig))
+    assert {*MODEL_KEYS, *SOURCE_KEYS, *SPLIT_KEYS} == {key.name for key in fields(Recipe)}
     sections = re.split(r"^## ", DOC.read_text(), flags=re.MULTILINE)
     rows = {
         match[1]: dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, flags=re.MULTILINE))
         for section in sections
         if (match := re.match(r"`\[([\w.]+)\]`", section))
     }
-    assert set(rows["model"]) == set(config.MODEL_KEYS)
-    assert set(rows["model.source"]) == set(config.SOURCE_KEYS)
-    assert set(rows["model.split"]) == set(config.SPLIT_KEYS)
-    assert set(rows["adapter"]) == set(config.ADAPTER_KEYS) == {key.name for key in fields(AdapterRecipe)}
-    assert set(rows["node"]) == set(config.NODE_KEYS)
+    assert set(rows["model"]) == set(MODEL_KEYS)
+    assert set(rows["model.source"]) == set(SOURCE_KEYS)
+    assert set(rows["model.split"]) == set(SPLIT_KEYS)
+    assert set(rows["adapter"]) == set(ADAPTER_KEYS) == {key.name for key in fields(AdapterRecipe)}
+    assert set(rows["node"]) == set(NODE_KEYS)
     for name, default in rows["node"].items():
         if name != "data":
             documented = node(tomllib.loads(f"{name} = {default.strip('`')}"))
             assert getattr(documented, name) == getattr(NodeConfig(), name), name
-    for name in config.NODE_KEYS:
-        assert config.variable_of(name) in DOC.read_text()
+    for name in NODE_KEYS:
+        assert variable_of(name) in DOC.read_text()
 
 
 def test_the_example_in_the_document_is_valid(tmp_path: Path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from parts import Chain, thirds
+from parts import thirds
 from transformers import PretrainedConfig, PreTrainedModel
 from whole import (
     CHUNKS,
@@ -32,6 +32,7 @@ from whole import (
     whole_logits,
 )
 
+from torrentlm.compute.chain import Chain
 from torrentlm.compute.inputs import Encoded
 from torrentlm.compute.span import SpanRunner
 from torrentlm.errors import TorrentLMError, UnsupportedModelError
@@ -113,18 +114,31 @@ def _differences(
 Check = tuple[str, Callable[[], str]]
 
 
+MAX_LENGTH = 64
+
+
+def _session(
+    runners: list[SpanRunner], batch: int = 1, pads: tuple[int, ...] = (), encoded: Encoded | None = None
+) -> Chain:
+    return Chain(runners, batch, MAX_LENGTH, pads, encoded)
+
+
+def _decoded(session: Chain, ids: torch.Tensor) -> Decoded:
+    return Decoded(*session.decode(ids, TOKENS))
+
+
 def _masked_checks(kind: str, model: PreTrainedModel, runners: list[SpanRunner]) -> Iterator[Check]:
     def prefill() -> str:
-        return _bits(Chain(runners).step(IDS, Want.LOGITS_ALL), whole_logits(kind, model, IDS))
+        return _bits(_session(runners).step(IDS, Want.LOGITS_ALL), whole_logits(kind, model, IDS))
 
     def padded() -> str:
-        ours = Chain(runners, 2, PADS).step(PAIR, Want.LOGITS_ALL)
+        ours = _session(runners, 2, PADS).step(PAIR, Want.LOGITS_ALL)
         theirs = whole_logits(kind, model, PAIR, MASK)
         real = MASK.bool() if ours.shape[1] == MASK.shape[1] else torch.ones(ours.shape[:2], dtype=torch.bool)
         return _bits(ours[real], theirs[real])
 
     def window() -> str:
-        return _bits(Chain(runners).step(LONG, Want.LOGITS_ALL), whole_logits(kind, model, LONG))
+        return _bits(_session(runners).step(LONG, Want.LOGITS_ALL), whole_logits(kind, model, LONG))
 
     yield "prefill", prefill
     yield "padded", padded
@@ -138,10 +152,10 @@ def _seq2seq_checks(
     start = model.generation_config.decoder_start_token_id
 
     def decoding(ids: torch.Tensor, pads: tuple[int, ...] = ()) -> Chain:
-        states = Chain(encoder, len(ids), pads).step(ids, Want.LOGITS_ALL)
+        states = _session(encoder, len(ids), pads).step(ids, Want.LOGITS_ALL)
         steps = torch.arange(ids.shape[1])[None]
         mask = (steps >= torch.tensor(pads or (0,) * len(ids))[:, None]).long()
-        return Chain(decoder, len(ids), (), Encoded(states, mask))
+        return _session(decoder, len(ids), (), Encoded(states, mask))
 
     def begin(rows: int) -> torch.Tensor:
         return torch.full((rows, 1), start)
@@ -150,13 +164,13 @@ def _seq2seq_checks(
         return _bits(decoding(IDS).step(begin(1)), whole(IDS, 1).logits)
 
     def greedy() -> str:
-        return _same(decoding(IDS).decode(begin(1), TOKENS), whole(IDS))
+        return _same(_decoded(decoding(IDS), begin(1)), whole(IDS))
 
     def padded() -> str:
-        return _same(decoding(PAIR, PADS).decode(begin(2), TOKENS), whole(PAIR, mask=MASK))
+        return _same(_decoded(decoding(PAIR, PADS), begin(2)), whole(PAIR, mask=MASK))
 
     def window() -> str:
-        return _same(decoding(LONG).decode(begin(1), TOKENS), whole(LONG))
+        return _same(_decoded(decoding(LONG), begin(1)), whole(LONG))
 
     yield "prefill", prefill
     yield "greedy", greedy
@@ -167,16 +181,16 @@ def _seq2seq_checks(
 
 def _causal_checks(model: PreTrainedModel, runners: list[SpanRunner], whole: Callable[..., Decoded]) -> Iterator[Check]:
     def prefill() -> str:
-        return _bits(Chain(runners).step(IDS), whole(IDS, 1).logits)
+        return _bits(_session(runners).step(IDS), whole(IDS, 1).logits)
 
     def greedy() -> str:
-        return _same(Chain(runners).decode(IDS, TOKENS), whole(IDS))
+        return _same(_decoded(_session(runners), IDS), whole(IDS))
 
     def padded() -> str:
-        return _same(Chain(runners, 2, PADS).decode(PAIR, TOKENS), whole(PAIR, mask=MASK))
+        return _same(_decoded(_session(runners, 2, PADS), PAIR), whole(PAIR, mask=MASK))
 
     def window() -> str:
-        ours = Chain(runners).decode(LONG, TOKENS)
+        ours = _decoded(_session(runners), LONG)
         theirs = whole(LONG)
         return _bits(ours.logits[:, :1], theirs.logits[:, :1]) or _same(ours, theirs)
 
@@ -185,9 +199,7 @@ def _causal_checks(model: PreTrainedModel, runners: list[SpanRunner], whole: Cal
     yield "padded", padded
     if has_window(model.config):
         yield "window", window
-    if runners[
-        0
-    ].split.chunks:  # then a long prompt will come in parts, whether or not the model agrees with itself there
+    if runners[0].split.chunks:  # then a long prompt comes in parts, whether or not the model agrees with itself there
         expected = whole(LONG, 1).logits
         in_parts = in_chunks(model, LONG)
         alone = in_parts is not None and close(in_parts, expected)
@@ -195,7 +207,7 @@ def _causal_checks(model: PreTrainedModel, runners: list[SpanRunner], whole: Cal
 
 
 def _chunked(runners: list[SpanRunner], theirs: torch.Tensor) -> str:
-    chain = Chain(runners)
+    chain = _session(runners)
     ours = [chain.step(LONG[:, start:stop]) for start, stop in pairwise((0, *CHUNKS))][-1]
     return "" if close(ours, theirs) else _distance(ours, theirs)
 

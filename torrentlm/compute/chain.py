@@ -93,7 +93,7 @@ def step(
 
 
 class Chain:
-    """One session over the parts of one side."""
+    """One session over the parts of one side, of as many holders as there are ``runners``."""
 
     def __init__(
         self,
@@ -103,18 +103,22 @@ class Chain:
         pads: Sequence[int] = (),
         encoded: Encoded | None = None,
     ) -> None:
-        self._hops = [(runner, runner.open(batch, max_length, pads, encoded)) for runner in runners]
+        self.hops = [(runner, runner.open(batch, max_length, pads, encoded)) for runner in runners]
 
     def step(self, ids: torch.Tensor, want: Want = Want.LOGITS_LAST) -> torch.Tensor:
-        """Logits [batch, 1 or n, vocabulary] behind ``ids``, int [batch, n]."""
+        """Logits [batch, 1 or n, vocabulary] behind ``ids``, int [batch, n]; where none are wanted, or no part has the
+        head, the first tensor of the last border.
+        """
         tensors: tuple[Tensor, ...] = (pack(ids),)
-        for runner, cache in self._hops:
+        for runner, cache in self.hops:
             tensors = step(runner, cache, tensors, ids.shape[1], want)
         return unpack(tensors[0])
 
-    def greedy(self, ids: torch.Tensor, tokens: int) -> torch.Tensor:
-        """[batch, tokens]: what greedy decoding adds to ``ids``."""
-        picked = [self.step(ids)[:, -1].argmax(-1, keepdim=True)]
+    def decode(self, ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What greedy decoding adds to ``ids``, [batch, tokens], and the logits that each was picked from."""
+        logits = [self.step(ids)[:, -1:]]
+        picked = [logits[-1].argmax(-1)]
         while len(picked) < tokens:
-            picked.append(self.step(picked[-1])[:, -1].argmax(-1, keepdim=True))
-        return torch.cat(picked, dim=1)
+            logits.append(self.step(picked[-1])[:, -1:])
+            picked.append(logits[-1].argmax(-1))
+        return torch.cat(picked, dim=1), torch.cat(logits, dim=1)

@@ -196,6 +196,10 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
+MODEL_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, MemoryError)
+"""What may come out of a model's own code."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a foreign error's message, or its class when it has none: enough for one clear sentence."""
     lines = str(error).strip().splitlines()

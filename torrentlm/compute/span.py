@@ -37,7 +37,7 @@ from torrentlm.compute.inputs import FILLER, Encoded
 from torrentlm.compute.lean import make_lean
 from torrentlm.compute.probe import entry_tensors, put_entries
 from torrentlm.compute.sizes import Point
-from torrentlm.compute.skeleton import build_skeleton, first_line
+from torrentlm.compute.skeleton import MODEL_ERRORS, build_skeleton, first_line
 from torrentlm.compute.split import Split, named_weights, vocabulary_of
 from torrentlm.compute.values import Place, at, flatten, rebuild, replace_at
 from torrentlm.compute.weights import BlockFiles, Weights, attach_weights
@@ -180,7 +180,7 @@ class SpanRunner:
                 keep = tokens if self.split.replays and self.split.inputs.causal else 0
             try:
                 result = self._run(cache, point, given, logits, keep)
-            except _ANY_MODELS as error:
+            except MODEL_ERRORS as error:
                 cache.broken = True
                 raise RefusedError(f"The step could not be computed: {first_line(error)}", "internal") from error
             finally:
@@ -344,10 +344,6 @@ class SpanRunner:
         if shape not in step.blanks:
             step.blanks[shape] = blank(shape, step.point, self.dtype, self.device)
         return step.blanks[shape]
-
-
-_ANY_MODELS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, MemoryError)
-"""What may come out of a model's own code."""
 
 
 @dataclass(slots=True)

@@ -22,14 +22,11 @@ from torrentlm.compute.conversion import convert_all
 from torrentlm.compute.inputs import Encoded
 from torrentlm.compute.probe import entry_tensors
 from torrentlm.compute.sizes import Point
-from torrentlm.compute.skeleton import build_skeleton, first_line, replace_parameters
+from torrentlm.compute.skeleton import MODEL_ERRORS, build_skeleton, first_line, replace_parameters
 from torrentlm.compute.split import Split, named_weights, vocabulary_of
 from torrentlm.compute.values import at, flatten
 from torrentlm.compute.weights import Weights, attach_weights
 from torrentlm.errors import RefusedError, UnsupportedModelError
-
-_ANY_MODELS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
-"""What may come out of a model's own code."""
 
 
 class Whole:
@@ -97,7 +94,7 @@ class Whole:
         with self._followed({}, ()):
             try:
                 made = self._model.generate(**given, generation_config=plain)
-            except _ANY_MODELS as error:
+            except MODEL_ERRORS as error:
                 raise UnsupportedModelError(f"the whole model cannot be run here: {first_line(error)}") from error
         return made.sequences[:, -tokens:], torch.stack(made.logits, dim=1)
 
@@ -141,7 +138,7 @@ class Whole:
         try:
             with torch.inference_mode():
                 return self._runs(**arguments)
-        except _ANY_MODELS as error:
+        except MODEL_ERRORS as error:
             raise UnsupportedModelError(
                 f"the whole model cannot be run here, so nothing is proven: {first_line(error)}"
             ) from error

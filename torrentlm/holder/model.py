@@ -16,7 +16,8 @@ from torrentlm.compute.chain import hints_of, part_of, require_same_cut
 from torrentlm.compute.samples import check
 from torrentlm.compute.skeleton import read_config
 from torrentlm.compute.span import SpanRunner
-from torrentlm.compute.split import Split, analyse_sides
+from torrentlm.compute.split import Split
+from torrentlm.compute.splitter import analyse_sides
 from torrentlm.compute.tokenizer import load_tokenizer
 from torrentlm.errors import RefusedError
 from torrentlm.manifest.manifest import Manifest

@@ -1,7 +1,9 @@
 """Canonical safetensors: one set of named tensors has exactly one file, byte for byte, whoever writes it.
 
-Tensors stand in order of element size (largest first), then name, so that each is aligned to its element; the header is
-compact JSON in that same order, without free-form metadata, padded with spaces to a multiple of eight bytes::
+The header is compact JSON without free-form metadata, padded with spaces so that the tensor bytes begin at a multiple
+of ``ALIGNMENT``. Tensors whose size is such a multiple, too, come first, so that these (all the large ones, in
+practice) can be computed with where they lie when the file is mapped; the others stand in order of element size
+(largest first), so that each is aligned to its element. Among equals the name decides::
 
     <u64 little-endian header length> <header> <tensor bytes, little-endian, C order> ...
 
@@ -29,6 +31,8 @@ DTYPE_BYTES = {
 FLOATING = frozenset(("F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3", "F8_E8M0"))
 """Those that become the dtype that is computed in; the others stay as they are."""
 
+ALIGNMENT = 64
+"""Bytes: a cache line, and what torch gives its own tensors on a processor."""
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 MAX_DIMENSIONS = 16
 _METADATA = "__metadata__"
@@ -89,14 +93,14 @@ def layout(tensors: Iterable[TensorSpec]) -> Layout:
         raise ValueError("tensor names are not unique")
     if any(spec.name == _METADATA for spec in specs):
         raise ValueError(f"a tensor cannot be named {_METADATA}")
-    specs.sort(key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
+    specs.sort(key=lambda spec: (spec.nbytes % ALIGNMENT != 0, -DTYPE_BYTES[spec.dtype], spec.name))
     header: dict[str, object] = {}
     end = 0
     for spec in specs:
         start, end = end, end + spec.nbytes
         header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return Layout(len(text).to_bytes(8, "little") + text, _place(specs, 8 + len(text)))
 
 

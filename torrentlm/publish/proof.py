@@ -28,7 +28,8 @@ from torrentlm.compute.chain import Part, hints_of, part_of, step
 from torrentlm.compute.inputs import Encoded
 from torrentlm.compute.machine import available_memory, libraries
 from torrentlm.compute.samples import ROOM, choose, record
-from torrentlm.compute.split import Split, analyse_sides
+from torrentlm.compute.split import Split
+from torrentlm.compute.splitter import analyse_sides
 from torrentlm.compute.tokenizer import has_tokenizer, load_tokenizer
 from torrentlm.compute.whole import Whole
 from torrentlm.errors import ArtifactError, RefusedError, RemoteProtocolError, UnsupportedModelError

@@ -21,7 +21,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from torrentlm.compute.conversion import group_tensors, published_names
 from torrentlm.compute.skeleton import build_skeleton, read_config
-from torrentlm.compute.split import Hints, Split, analyse_sides, named_weights
+from torrentlm.compute.split import Hints, Split, named_weights
+from torrentlm.compute.splitter import analyse_sides
 from torrentlm.config import Recipe
 from torrentlm.errors import ArtifactError, UnsupportedModelError
 from torrentlm.manifest import canonical

@@ -6,7 +6,6 @@ Finding them is cheap and imports nothing heavy, so that a second run can recogn
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ from torrentlm.manifest.canonical import TensorSpec
 
 CHUNK = 4 * 1024 * 1024
 """Bytes read or converted at a time; a multiple of every element's size."""
-BUFFERS = 2
-"""Chunks that are valid at once: while one is read, the one before may still be hashed by other threads."""
 
 
 class Source(Protocol):
@@ -32,7 +29,7 @@ class Source(Protocol):
     def read(self, name: str) -> Iterator[memoryview]:
         """The tensor's bytes, little-endian and in C order, in chunks of whole elements.
 
-        A chunk is valid until ``BUFFERS`` more have been asked for.
+        A chunk is valid until the next one has been asked for.
         Raises ArtifactError when the file does not hold them.
         """
 
@@ -92,17 +89,16 @@ def find_in_package(package: str, file: str) -> Path:
 
 
 def read_exactly(path: Path, start: int, count: int) -> Iterator[memoryview]:
-    """``count`` bytes of a file from ``start`` on, in chunks of ``BUFFERS`` reused buffers.
+    """``count`` bytes of a file from ``start`` on, in chunks of one reused buffer.
 
     Raises ArtifactError if the file ends before.
     """
-    few = min(BUFFERS, -(-count // CHUNK))
-    buffers = itertools.cycle([memoryview(bytearray(min(count, CHUNK))) for _ in range(few)])
+    buffer = memoryview(bytearray(min(count, CHUNK)))
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
             while count:
-                chunk = next(buffers)[: min(count, CHUNK)]
+                chunk = buffer[: min(count, CHUNK)]
                 filled = 0
                 while filled < len(chunk):
                     got = file.readinto(chunk[filled:])

@@ -19,13 +19,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from torrentlm.compute.border import Logits, from_wire, pack, to_wire
-from torrentlm.compute.inputs import Encoded
+from torrentlm.compute.border import pack
+from torrentlm.compute.cache import SpanCache
+from torrentlm.compute.chain import Chain as OneSession
 from torrentlm.compute.span import SpanRunner
-from torrentlm.compute.split import Hints, Split, analyse_sides, named_weights
+from torrentlm.compute.split import Hints, Split, named_weights
+from torrentlm.compute.splitter import analyse_sides
 from torrentlm.manifest.canonical import TensorSpec, layout, write
 from torrentlm.publish.plan import Plan, PlannedBlock, plan
-from torrentlm.wire.messages import Want
 from torrentlm.wire.tensors import Tensor
 
 TINY = {
@@ -144,40 +145,25 @@ def _chunks(packed: Mapping[str, Tensor], name: str) -> list[memoryview]:
     return [memoryview(packed[name].data)]
 
 
-class Chain:
-    """Spans one after the other, as a session on several holders runs them; every border goes through its wire form."""
+class Chain(OneSession):
+    """One session over spans, as on several holders, that goes back and changes its rows as a client has them do."""
 
-    def __init__(
-        self,
-        runners: list[SpanRunner],
-        batch: int,
-        max_length: int,
-        pads: tuple[int, ...] = (),
-        encoded: Encoded | None = None,
-    ) -> None:
-        self.runners = runners
-        self.batch = batch
-        self.caches = [runner.open(batch, max_length, pads, encoded) for runner in runners]
+    @property
+    def runners(self) -> list[SpanRunner]:
+        return [runner for runner, _ in self.hops]
 
-    def step(self, ids: torch.Tensor, want: Want = Want.LOGITS_LAST) -> torch.Tensor:
-        """Logits, or the last hidden state where none are wanted."""
-        tensors = (pack(ids),)
-        for runner, cache in zip(self.runners, self.caches, strict=True):
-            result = runner.forward(cache, from_wire(tensors, ids=runner.has_stem), ids.shape[1], want=want)
-            tensors = to_wire(result)
-        return result.logits if isinstance(result, Logits) else result.tensors[0]
+    @property
+    def caches(self) -> list[SpanCache]:
+        return [cache for _, cache in self.hops]
 
     def trim(self, length: int) -> None:
-        for runner, cache in zip(self.runners, self.caches, strict=True):
+        for runner, cache in self.hops:
             runner.trim(cache, length)
 
     def reorder(self, rows: list[int]) -> None:
-        for runner, cache in zip(self.runners, self.caches, strict=True):
+        for runner, cache in self.hops:
             runner.reorder(cache, rows)
 
     def greedy(self, ids: torch.Tensor, tokens: int) -> torch.Tensor:
         """[batch, tokens]: what greedy decoding adds to ``ids``."""
-        picked = [self.step(ids)[:, -1].argmax(-1, keepdim=True)]
-        while len(picked) < tokens:
-            picked.append(self.step(picked[-1])[:, -1].argmax(-1, keepdim=True))
-        return torch.cat(picked, dim=1)
+        return self.decode(ids, tokens)[0]

@@ -60,7 +60,7 @@ class Told(Chain):
 
 
 def fresh(chain: Told, given: torch.Tensor, pads: tuple[int, ...]) -> torch.Tensor:
-    other = Chain(chain.runners, chain.batch, 64, pads)
+    other = Chain(chain.runners, chain.caches[0].batch, 64, pads)
     for step in chain.steps:
         other.step(step)
     return other.step(given)

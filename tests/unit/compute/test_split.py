@@ -22,7 +22,8 @@ from tests.unit.compute.kinds import KINDS
 from torrentlm.compute.border import BorderShape, Carried, Returned, TokenIds
 from torrentlm.compute.sizes import Size
 from torrentlm.compute.skeleton import build_skeleton, read_config
-from torrentlm.compute.split import Hints, Split, analyse, analyse_sides
+from torrentlm.compute.split import Hints, Split
+from torrentlm.compute.splitter import analyse, analyse_sides
 from torrentlm.errors import ArtifactError, UnsupportedModelError
 
 PACKAGE = Path(__file__).parents[3] / "torrentlm"

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from torrentlm.compute.samples import ROOM, choose
 from torrentlm.compute.skeleton import read_config
-from torrentlm.compute.split import analyse
+from torrentlm.compute.splitter import analyse
 from torrentlm.config import Recipe
 from torrentlm.holder import model as holding
 from torrentlm.holder.model import RECHECK_BLOCKS, HeldModel, Rechecked

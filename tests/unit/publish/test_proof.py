@@ -256,7 +256,7 @@ def test_a_cache_that_forgets(folder: Path, store: Store, monkeypatch: pytest.Mo
 
 def test_a_weight_that_no_block_has(folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A split that overlooks a weight: the parts compute with zeros, the whole with NaN, and so nobody agrees."""
-    from torrentlm.compute import split as splitting
+    from torrentlm.compute import splitter as splitting
 
     original = splitting.analyse_sides
 
