@@ -51,6 +51,15 @@ class RefusedError(TorrentLMError):
         self.code = code
 
 
+class OutOfMemoryError(RefusedError):
+    """A device could not give the memory that was asked of it. What was tried may be tried again once others let go."""
+
+    def __init__(
+        self, message: str = "this holder ran out of memory: close a session or choose another holder"
+    ) -> None:
+        super().__init__(message, "memory")
+
+
 class NoHolderError(TorrentLMError):
     """No reachable peer holds a block that the route needs."""
 

@@ -94,9 +94,10 @@ class PeerRecord:
     """What a node says of itself for one model: first message on a pipe, and its BEP 44 item.
 
     ``model`` is the v2 info-hash (32 bytes) of the model torrent. ``held`` are blocks complete on disk, ``resident``
-    those that it serves now, ``claimed`` those that it is fetching to serve. ``memory_free`` in bytes; ``block_ms`` is
-    its measured time for one layer block and one token, in milliseconds (0: not measured yet). ``sequence`` grows with
-    every change. ``adapters``: bytes of adapters that it takes for sessions (0: it applies none).
+    those that it has in memory and serves, ``offered`` those that it serves, too, but may have to load first,
+    ``claimed`` those that it is fetching to serve. ``memory_free`` in bytes; ``block_ms`` is its measured time for one
+    layer block and one token, in milliseconds (0: not measured yet). ``sequence`` grows with every change.
+    ``adapters``: bytes of adapters that it takes for sessions (0: it applies none).
     """
 
     node: NodeKey
@@ -112,6 +113,7 @@ class PeerRecord:
     block_ms: float = 0.0
     sessions: int = 0
     adapters: int = 0
+    offered: tuple[Span, ...] = ()
 
 
 RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -70,3 +71,35 @@ async def test_two_fine_tunes_on_one_node(tmp_path: Path) -> None:
                     result = await client.model.generate(PROMPT, Options(max_new_tokens=16))
                 expected = await trio.to_thread.run_sync(checkpoint.greedy, folder, PROMPT, 16)
                 assert list(result.tokens) == expected
+
+
+@in_trio(120)
+async def test_two_models_that_do_not_fit_together(tmp_path: Path) -> None:
+    """Memory for one of them: each is loaded when a session asks for it, and the other one goes."""
+    base = checkpoint.make(tmp_path / "base", LAYERS)
+    folders = (base, checkpoint.fine_tune(base, tmp_path / "tuned", tuple(range(LAYERS))))
+    with Store(tmp_path / "publisher") as store:
+        models = [publish(Recipe(folder.name, folder), store) for folder in folders]
+    size = sum(file.size for file in models[0].manifest.files)
+    blocks = Span(0, LAYERS + 1)
+    async with open_node(config(tmp_path / "publisher")) as publisher:
+        for model in models:
+            await publisher.join(model.magnet, timeout=30)
+        settings = replace(config(tmp_path / "holder", publisher.endpoint, blocks=blocks), ram=int(size * 1.1 / 0.75))
+        async with open_node(settings) as holder:
+            for model in models:
+                await hold(holder, model)
+            assert holder._computing is not None
+            memory = holder._computing.holder.memory
+            records = [holder.memberships[model.model.v2].peers.record for model in models]
+            assert [record.offered for record in records] == [(blocks,), (blocks,)]
+            resident = [sum(map(len, record.resident)) for record in records]
+            assert len(blocks) > resident[0] > resident[1] > 0  # the first one found an empty memory
+            for number in (1, 0, 1):
+                client_config = config(tmp_path / "client", holder.endpoint)
+                async with open_client(Settings(None, str(models[number].magnet), client_config)) as client:
+                    result = await client.model.generate(PROMPT, Options(max_new_tokens=8))
+                expected = await trio.to_thread.run_sync(checkpoint.greedy, folders[number], PROMPT, 8)
+                assert list(result.tokens) == expected
+                assert memory.used <= memory.budget < 2 * size
+                assert holder.memberships[models[number].model.v2].peers.record.resident == (blocks,)

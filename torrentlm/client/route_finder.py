@@ -66,7 +66,7 @@ def missing_sentence(manifest: Manifest, missing: Missing, snapshot: Snapshot, a
     if snapshot.known == 0:
         peers, advice = "no peer is known", "check the network, or name a peer with --peer HOST:PORT"
     if missing.block in adapted and any(
-        missing.block in span for peer in snapshot.candidates for span in peer.resident
+        missing.block in span for peer in snapshot.candidates for span in (*peer.resident, *peer.offered)
     ):
         return (
             f"no peer that holds {manifest.block_label(missing.block)} applies adapters: start a holder for it with: "

@@ -76,6 +76,15 @@ class SpanCache:
         elif ids is not None:
             self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
 
+    def undo_step(self) -> None:
+        """Be as before a step that failed half-way, in some layers and not in others."""
+        if self.length == 0:
+            self.layered = self.make()
+        elif self.layered is not None:
+            self.layered.undo(self.length)
+        if self.ids is not None:
+            self.ids = self.ids[:, : self.length] if self.length else None
+
     def trim(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens; RefusedError where a layer has already dropped
         what it needs. All can be forgotten always.
@@ -169,12 +178,19 @@ class LayeredCache:
                 "The model keeps no more than its latest state: this session can only begin again at position 0.",
                 "bad_request",
             )
-        for layer, attributes in kept:
-            layer.__dict__.update({name: _cloned(value) for name, value in attributes.items()})
+        _put_back(kept)
         for layer in layers:
             if isinstance(layer, ReservedLayer):
                 layer.crop(-surplus)
         self._snapshots = deque((entry for entry in self._snapshots if entry[0] <= length), maxlen=SNAPSHOTS)
+
+    def undo(self, length: int) -> None:
+        """Take back the step behind ``length`` tokens, of which a snapshot was taken."""
+        _, kept = self._snapshots.pop()
+        _put_back(kept)
+        for layer in self._layers():
+            if isinstance(layer, ReservedLayer) and (surplus := layer.get_seq_length() - length) > 0:
+                layer.crop(-surplus)
 
     def reorder(self, index: torch.Tensor) -> None:
         for layer in self._own:
@@ -183,6 +199,11 @@ class LayeredCache:
             if getattr(layer, "is_initialized", False):
                 layer.reorder_cache(index)
         self._snapshots.clear()
+
+
+def _put_back(kept: list[tuple[Any, dict[str, Any]]]) -> None:
+    for layer, attributes in kept:
+        layer.__dict__.update({name: _cloned(value) for name, value in attributes.items()})
 
 
 def _drop_slack(layer: Any) -> None:

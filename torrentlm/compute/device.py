@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 import torch
 import trio
 
-from torrentlm.errors import ConfigError
+from torrentlm.errors import ConfigError, OutOfMemoryError
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -50,6 +51,22 @@ class Device:
         the caller's cancellation takes effect when it is done.
         """
         return await trio.to_thread.run_sync(function, *arguments, limiter=self._limiter, abandon_on_cancel=False)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Translate what torch and Python say when there is no memory to OutOfMemoryError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a class for it on accelerators, and on the processor only this sentence."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _processor() -> str:

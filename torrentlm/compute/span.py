@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from torrentlm.compute.adapter import Adapter, applied
@@ -33,15 +34,16 @@ from torrentlm.compute.border import (
 )
 from torrentlm.compute.cache import SNAPSHOTS, LayeredCache, SpanCache
 from torrentlm.compute.conversion import convert_all
+from torrentlm.compute.device import memory_errors
 from torrentlm.compute.inputs import FILLER, Encoded
 from torrentlm.compute.lean import make_lean
 from torrentlm.compute.probe import entry_tensors, put_entries
 from torrentlm.compute.sizes import Point
-from torrentlm.compute.skeleton import MODEL_ERRORS, build_skeleton, first_line
+from torrentlm.compute.skeleton import MODEL_ERRORS, build_skeleton, first_line, replace_parameters
 from torrentlm.compute.split import Split, named_weights, vocabulary_of
 from torrentlm.compute.values import Place, at, flatten, rebuild, replace_at
 from torrentlm.compute.weights import BlockFiles, Weights, attach_weights
-from torrentlm.errors import LocalProtocolError, RefusedError, RemoteProtocolError
+from torrentlm.errors import LocalProtocolError, OutOfMemoryError, RefusedError, RemoteProtocolError
 from torrentlm.wire.messages import Want
 
 
@@ -78,8 +80,9 @@ class SpanRunner:
         self.device = torch.device(device)
         self._model = build_skeleton(config, self.dtype, self.device)
         known = frozenset(name for name, _ in named_weights(self._model))
-        self._weights = Weights(weights, dtype, self.device, partial(convert_all, self._model, known=known))
-        self._attach(self._weights.tensors)
+        held = Weights(weights, dtype, self.device, partial(convert_all, self._model, known=known))
+        self._weights: Weights | None = held
+        self._attach(held.tensors)
         self._runs = self._model.get_submodule(split.module)
         self._vocabulary = vocabulary_of(self._model)
         self._running = threading.Lock()
@@ -87,6 +90,14 @@ class SpanRunner:
         self._output = split.inputs.output
         self._swap_layers()
         make_lean(self._model)
+
+    def close(self) -> None:
+        """Let go of all weights, now; nothing can be run any more."""
+        with self._running:
+            self._weights = None
+            replace_parameters(self._model, lambda name, weight: nn.Parameter(torch.empty(0), requires_grad=False))
+            for module in self._model.modules():
+                module._buffers.clear()
 
     # Sessions
 
@@ -167,7 +178,7 @@ class SpanRunner:
         ``given`` are token ids, int [batch, tokens], where the span has the stem, else the border before its first
         layer. Returns the border behind the span, or logits where the span has the head and ``want`` asks for them.
         Raises RemoteProtocolError if ``given`` is not what this span takes, RefusedError if the step is too long
-        ("max_length") or fails ("internal"; the cache is lost then).
+        ("max_length") or fails ("internal"; the cache is lost then), OutOfMemoryError (the cache is as it was).
         """
         last = want != Want.LOGITS_ALL
         point = self._check(cache, given, tokens, last)
@@ -179,7 +190,11 @@ class SpanRunner:
             if not last:
                 keep = tokens if self.split.replays and self.split.inputs.causal else 0
             try:
-                result = self._run(cache, point, given, logits, keep)
+                with memory_errors():
+                    result = self._run(cache, point, given, logits, keep)
+            except OutOfMemoryError:
+                cache.undo_step()
+                raise
             except MODEL_ERRORS as error:
                 cache.broken = True
                 raise RefusedError(f"The step could not be computed: {first_line(error)}", "internal") from error

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from torrentlm.compute.border import DTYPES, aligned, view_of
+from torrentlm.compute.device import memory_errors
 from torrentlm.compute.skeleton import replace_parameters
 from torrentlm.errors import ArtifactError, StorageError
 from torrentlm.manifest.canonical import Layout, read_layout
@@ -74,7 +75,7 @@ class Weights:
         self.tensors: dict[str, torch.Tensor] = {}
         self._files: list[BlockWeights] = []
         for path, names in files:
-            file = _load(path, dtype, device)
+            file = load_block(path, dtype, device)
             self._files.append(file)
             unnamed = set(file.tensors)
             named: dict[str, torch.Tensor] = {}
@@ -119,7 +120,11 @@ def attach_weights(
                 module._buffers[key] = fitting(name, buffer)
 
 
-def _load(path: Path, dtype: torch.dtype, device: torch.device) -> BlockWeights:
+def load_block(path: Path, dtype: torch.dtype, device: torch.device) -> BlockWeights:
+    """The weights of a block file; those that are there already, as long as somebody holds on to them.
+
+    Raises ArtifactError for a broken file, StorageError for an unreadable one, OutOfMemoryError.
+    """
     try:
         state = path.stat()
     except OSError as error:
@@ -128,7 +133,8 @@ def _load(path: Path, dtype: torch.dtype, device: torch.device) -> BlockWeights:
     with _loading:
         loaded = _in_use.get(key)
         if loaded is None:
-            loaded = _in_use[key] = BlockWeights(path, dtype, device)
+            with memory_errors():
+                loaded = _in_use[key] = BlockWeights(path, dtype, device)
         return loaded
 
 

@@ -6,12 +6,14 @@ what brings it, is called from the event loop.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torrentlm.compute.adapter import Adapter
 from torrentlm.compute.border import Logits, from_wire, to_wire, unpack
 from torrentlm.compute.cache import SpanCache
-from torrentlm.errors import ArtifactError, RefusedError
+from torrentlm.errors import ArtifactError, OutOfMemoryError, RefusedError
 from torrentlm.holder.adapters import Borrowed
 from torrentlm.holder.head import Emission, HeadRun
 from torrentlm.holder.model import HeldModel
@@ -36,9 +38,17 @@ class Result:
 
 
 class Execution:
-    """Raises RefusedError from the constructor if the span or the length cannot be served."""
+    """``relieve`` is called in the worker thread when the device is out of memory: it lets go of what nobody needs, and
+    says whether there was anything. The constructor raises RefusedError if the span or the length cannot be served.
+    """
 
-    def __init__(self, model: HeldModel, opened: Open, borrowed: Borrowed | None = None) -> None:
+    def __init__(
+        self,
+        model: HeldModel,
+        opened: Open,
+        borrowed: Borrowed | None = None,
+        relieve: Callable[[], bool] = lambda: False,
+    ) -> None:
         limit = model.max_length
         if limit is not None and opened.max_length > limit:
             raise RefusedError(
@@ -47,22 +57,30 @@ class Execution:
             )
         self.span = span = Span(opened.first, opened.last)
         self._model = model
+        self._relieve = relieve
         self._runner = model.runner(span)
         self._adapter = None if borrowed is None else self._load(borrowed)
         self._batch = opened.batch
         self._max_length = opened.max_length
         self._pads = opened.pads
-        tables = 2 * 8 * opened.batch * opened.max_length  # the mask and the positions
         self._source = opened.source
         self._encoded: tuple[Tensor, ...] | None = None
         if bool(opened.source) != self._model.is_decoder(span):
             raise RefusedError(
                 "a decoder's session says how much the encoder has read, and no other does", "bad_request"
             )
-        self.kv_bytes = self._runner.cache_bytes(opened.batch, opened.max_length, opened.source) + tables
+        self.kv_bytes = self._bytes_of(opened.max_length)
         self._cache: SpanCache
         self._orders: dict[int, Generate] = {}
         self._head_run: HeadRun | None = None
+
+    def _bytes_of(self, max_length: int) -> int:
+        tables = 2 * 8 * self._batch * max_length  # the mask and the positions
+        return self._runner.cache_bytes(self._batch, max_length, self._source) + tables
+
+    def fitting_length(self, room: int) -> int:
+        """The longest session, in tokens, whose cache takes at most ``room`` bytes; 0 if none does."""
+        return bisect_right(range(1, self._max_length), room, key=self._bytes_of)
 
     def _load(self, borrowed: Borrowed) -> Adapter:
         try:
@@ -138,7 +156,12 @@ class Execution:
         given = from_wire(step.tensors, ids=runner.has_stem)
         emits = self._emits(step)
         want = Want.LOGITS_LAST if emits else Want.NONE if step.want == Want.SAMPLE else step.want
-        result = runner.forward(self._cache, given, step.tokens, want=want, adapter=self._adapter)
+        try:
+            result = runner.forward(self._cache, given, step.tokens, want=want, adapter=self._adapter)
+        except OutOfMemoryError:
+            if not self._relieve():
+                raise
+            result = runner.forward(self._cache, given, step.tokens, want=want, adapter=self._adapter)
         if not self.is_head:
             tensors = to_wire(result)
             return Result(output=tensors) if step.want == Want.HIDDEN else Result(border=tensors)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -19,10 +20,12 @@ from torrentlm.compute.span import SpanRunner
 from torrentlm.compute.split import Split
 from torrentlm.compute.splitter import analyse_sides
 from torrentlm.compute.tokenizer import load_tokenizer
+from torrentlm.compute.weights import BlockWeights, load_block
 from torrentlm.errors import RefusedError
+from torrentlm.holder.memory import Unit, UnitKey
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.manifest.sidecar import Sidecar
-from torrentlm.records import Span
+from torrentlm.records import Span, spans_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,10 +46,13 @@ class Rechecked:
 
 
 class HeldModel:
-    """``paths`` are the complete block files by name; ``precision`` is the safetensors dtype to compute in;
-    ``allow_code`` are the hashes of models' own code that may run.
+    """``paths`` say where the block files lie, by name; ``precision`` is the safetensors dtype to compute in;
+    ``allow_code`` are the hashes of models' own code that may run; ``sizes`` are the bytes that each file takes in
+    memory, by its name, those on the disk if not given. ``arrived`` are the blocks of ``span`` whose files are
+    complete, all if not given; others may arrive later.
 
-    The constructor loads the whole span. Blocks; run it in a thread. Raises ArtifactError, UnsupportedModelError.
+    Weights are loaded when they are first needed. Whoever owns the device's memory says when they go (``let_go``).
+    The constructor blocks; run it in a thread. Raises ArtifactError, UnsupportedModelError.
     """
 
     def __init__(
@@ -59,6 +65,8 @@ class HeldModel:
         precision: str,
         device: torch.device | str = "cpu",
         allow_code: Collection[str] = (),
+        sizes: Mapping[str, int] | None = None,
+        arrived: Collection[int] | None = None,
     ) -> None:
         self.id = id
         self.manifest = manifest
@@ -67,14 +75,50 @@ class HeldModel:
         self.device = torch.device(device)
         self._folder = folder
         self._paths = dict(paths)
+        self._sizes = sizes or {file.name: file.size for file in manifest.files}
         self._config: Any = read_config(folder, allow_code)
         self._sides: tuple[Split, ...] = analyse_sides(self._config, hints_of(manifest))
         require_same_cut(manifest, self._sides)
+        self._arrived: set[int] = set(span if arrived is None else arrived)
         self._runners: OrderedDict[Span, SpanRunner] = OrderedDict()
-        for side in range(len(manifest.sides)):
-            blocks = manifest.side_blocks(side)
-            if span.first <= blocks.last and blocks.first <= span.last:
-                self.runner(Span(max(span.first, blocks.first), min(span.last, blocks.last)))
+        self._retired: WeakKeyDictionary[SpanRunner, Span] = WeakKeyDictionary()
+
+    @property
+    def arrived(self) -> Collection[int]:
+        """The blocks that can be asked for."""
+        return frozenset(self._arrived)
+
+    def arrive(self, block: int) -> None:
+        """The files of this block of the span are complete."""
+        self._arrived.add(block)
+
+    def units(self, span: Span) -> list[Unit]:
+        """The block files of ``span``, each once, as memory holds them. RefusedError if one is not here."""
+        self._require(span)
+        names = [file.name for file in self.manifest.span_files(span.first, span.last)]
+        return [Unit(name, self.precision, self._sizes[name], partial(self._load, name)) for name in names]
+
+    def _load(self, name: str) -> BlockWeights:
+        return load_block(self._paths[name], DTYPES[self.precision], self.device)
+
+    def blocks_of(self, keys: Collection[UnitKey]) -> list[int]:
+        """The blocks whose every file is among ``keys``."""
+        names = {name for name, precision in keys if precision == self.precision}
+        return [block for block in self.span if all(file.name in names for file in self.manifest.block_files(block))]
+
+    def let_go(self, keys: Collection[UnitKey]) -> None:
+        """Drop what keeps these files in memory. No session uses them."""
+        for span, runner in self._runners.items():
+            self._retired[runner] = span
+        for runner, span in list(self._retired.items()):
+            if any(unit.key in keys for unit in self.units(span)):
+                runner.close()
+                self._runners.pop(span, None)
+
+    def _require(self, span: Span) -> None:
+        if not self._arrived.issuperset(span):
+            blocks = ", ".join(map(str, spans_of(self._arrived))) or "none"
+            raise RefusedError(f"this holder has blocks {blocks} of that model, not {span}", "no_block")
 
     @property
     def max_length(self) -> int | None:
@@ -86,15 +130,22 @@ class HeldModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self._folder)
 
+    def warm_up(self) -> None:
+        """Build the runners of the whole span, one for each side, if its weights are all in memory. Blocks."""
+        for side in range(len(self.manifest.sides)):
+            blocks = self.manifest.side_blocks(side)
+            if self.span.first <= blocks.last and blocks.first <= self.span.last:
+                self.runner(Span(max(self.span.first, blocks.first), min(self.span.last, blocks.last)))
+
     def runner(self, span: Span) -> SpanRunner:
         """What runs ``span``. Raises RefusedError if it is not all here."""
-        if span.first not in self.span or span.last not in self.span:
-            raise RefusedError(f"this holder has blocks {self.span}, not {span}", "no_block")
+        self._require(span)
         runner = self._runners.get(span)
         if runner is None:
             runner = self._runners[span] = self._build(span)
             while len(self._runners) > MAX_RUNNERS:
-                self._runners.popitem(last=False)
+                retired, old = self._runners.popitem(last=False)  # a session that uses it keeps it
+                self._retired[old] = retired
         self._runners.move_to_end(span)
         return runner
 
@@ -106,23 +157,25 @@ class HeldModel:
         """How the side that a block belongs to is cut."""
         return self._sides[self.manifest.side_of(block)]
 
-    def recheck(self, sidecar: Sidecar) -> Rechecked | None:
-        """Compare one block with what the sidecar recorded; None if it has nothing for any block here. Blocks.
+    def worth_checking(self, blocks: Collection[int]) -> list[int]:
+        """A few of ``blocks`` to compare with what was recorded: a layer's code says more than the stem's or the head's."""
+        return sorted(blocks, key=lambda block: (self.manifest.blocks[block].kind != "layers", block))[:RECHECK_BLOCKS]
+
+    def recheck(self, blocks: Sequence[int], sidecar: Sidecar) -> Rechecked | None:
+        """Compare one of ``blocks`` with what the sidecar recorded; None if it has nothing for any of them. Blocks.
 
         Only where a block differs others are tried, and one that does not is enough: in low precision a block may round
         a token to another side, but wrong code computes every block wrong.
         """
         found = None
-        tried = 0
-        for block in sorted(self.span, key=lambda block: self.manifest.blocks[block].kind != "layers"):
+        for block in blocks:
             side = self.manifest.side_of(block)
             if side >= len(sidecar.samples):
                 continue
             checked = check(self._build(Span(block, block)), sidecar.samples[side])
             if checked is not None:
-                tried += 1
                 found = Rechecked(block, checked.share, checked.good) if found is None or checked.good else found
-                if checked.good or tried == RECHECK_BLOCKS:
+                if checked.good:
                     break
         return found
 

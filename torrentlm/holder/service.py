@@ -7,7 +7,7 @@ Messages come in through :meth:`Holder.handle` (which never waits for compute), 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from torrentlm.errors import NetworkError, RefusedError, RemoteProtocolError
 from torrentlm.holder.adapters import Adapters, Borrowed, NoAdapters
 from torrentlm.holder.execution import Execution, Result
 from torrentlm.holder.failures import explain, failure
+from torrentlm.holder.memory import Memory, Pin, UnitKey
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.session import Session
 from torrentlm.records import NodeKey, SessionId, Span
@@ -68,6 +69,7 @@ class _Live:
     execution: Execution
     kv_bytes: int
     queue: trio.MemorySendChannel[Step]
+    pin: Pin
     borrowed: Borrowed | None = None
     queued_bytes: int = 0
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -80,7 +82,8 @@ class _Live:
 
 
 class Holder:
-    """Owns every session on this node. ``kv_budget`` in bytes bounds the KV-caches of all sessions together.
+    """Owns every session on this node. ``memory`` holds the weights; ``kv_budget`` in bytes bounds the KV-caches of all
+    sessions together.
 
     A session whose client does not renew it for ``max_lease`` seconds, or for the shorter time it asked for, is freed.
     """
@@ -90,6 +93,7 @@ class Holder:
         node: NodeKey,
         outbox: Outbox,
         device: Device,
+        memory: Memory,
         *,
         kv_budget: int,
         max_lease: float = 600.0,
@@ -99,6 +103,8 @@ class Holder:
         self._node = node
         self._outbox = outbox
         self._device = device
+        self.memory = memory
+        memory.evicted = self._let_go
         self._kv_budget = kv_budget
         self._max_lease = max_lease
         self._adapters = adapters or NoAdapters()
@@ -117,14 +123,19 @@ class Holder:
         return sum(live.kv_bytes for live in self._live.values())
 
     def hold(self, model: HeldModel) -> None:
-        """Serve this model's resident spans from now on."""
+        """Serve this model's blocks from now on."""
         self._models[model.id] = model
+
+    def _let_go(self, keys: Collection[UnitKey]) -> None:
+        for model in self._models.values():
+            model.let_go(keys)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; every session ends with it."""
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                nursery.start_soon(self.memory.watch)
                 task_status.started()
                 while True:
                     await trio.sleep(REAP_EVERY_S)
@@ -217,19 +228,24 @@ class Holder:
             raise RefusedError("this peer holds no block of that model", "wrong_model")
         if len(self._live) + len(self._opening) > MAX_SESSIONS:
             raise RefusedError(f"this holder serves {MAX_SESSIONS} sessions already: try again later", "busy")
-        if message.adapter is None:
-            return await self._admit(client, message, model, None)
-        borrowed = await self._adapters.borrow(model.id, message.adapter, Span(message.first, message.last))
-        live = None
+        span = Span(message.first, message.last)
+        borrowed, live = None, None
+        pin = await self.memory.pin(model.units(span))
         try:
-            live = await self._admit(client, message, model, borrowed)
+            if message.adapter is not None:
+                borrowed = await self._adapters.borrow(model.id, message.adapter, span)
+            live = await self._admit(client, message, model, pin, borrowed)
         finally:
             if live is None:
-                borrowed.give_back()
+                pin.release()
+                if borrowed is not None:
+                    borrowed.give_back()
         return live
 
-    async def _admit(self, client: NodeKey, message: Open, model: HeldModel, borrowed: Borrowed | None) -> _Live | None:
-        execution = await trio.to_thread.run_sync(Execution, model, message, borrowed)
+    async def _admit(
+        self, client: NodeKey, message: Open, model: HeldModel, pin: Pin, borrowed: Borrowed | None
+    ) -> _Live | None:
+        execution = await trio.to_thread.run_sync(Execution, model, message, borrowed, self._relieve)
         if message.session not in self._opening:
             return None
         if self._nursery is None:
@@ -237,8 +253,8 @@ class Holder:
         if self.kv_bytes + execution.kv_bytes > self._kv_budget:
             free = max(0, self._kv_budget - self.kv_bytes)
             raise RefusedError(
-                f"a KV-cache of {execution.kv_bytes / 1e6:.2f} MB does not fit: "
-                f"this holder has {free / 1e6:.2f} MB left",
+                f"a KV-cache of {execution.kv_bytes / 1e6:.2f} MB does not fit: this holder has {free / 1e6:.2f} MB "
+                f"left; a session of at most {execution.fitting_length(free)} tokens would fit",
                 "memory",
             )
         execution.start()
@@ -258,11 +274,15 @@ class Holder:
             epoch=message.epoch,
         )
         queue, steps = trio.open_memory_channel[Step](MAX_QUEUED_STEPS)
-        live = _Live(session, execution, execution.kv_bytes, queue, borrowed)
+        live = _Live(session, execution, execution.kv_bytes, queue, pin, borrowed)
         self._live[session.id] = live
         self._nursery.start_soon(self._serve, live, steps)
         self._changed()
         return live
+
+    def _relieve(self) -> bool:
+        """Called from a worker thread."""
+        return trio.from_thread.run_sync(self.memory.relieve)
 
     async def _dial_ahead(self, hop: NextHop) -> None:
         """So that the first step does not wait for a dial; a failure shows when the step is sent."""
@@ -391,6 +411,7 @@ class Holder:
         if self._live.pop(live.session.id, None) is not None:
             live.scope.cancel()
             live.queue.close()
+            live.pin.release()
             if live.borrowed is not None:
                 live.borrowed.give_back()
             self._changed()

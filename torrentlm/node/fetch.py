@@ -41,12 +41,27 @@ class BlockFiles:
         self._folder = folder
         self._transfers: dict[str, Transfer] = {}
         self._checked: set[str] = set()
+        self.changed = trio.Event()
+        """Replaced by another one whenever it is set: more blocks are ready."""
 
     def held(self) -> list[int]:
         """Blocks whose every file is complete on disk."""
         store = self._parts.store
         blocks = range(len(self._manifest.blocks))
         return [block for block in blocks if all(store.holds(file.name) for file in self._manifest.block_files(block))]
+
+    @property
+    def ready(self) -> frozenset[int]:
+        """Blocks whose every file is complete and has matched its hash since this node started."""
+        blocks = range(len(self._manifest.blocks))
+        return frozenset(
+            block for block in blocks if all(file.name in self._checked for file in self._manifest.block_files(block))
+        )
+
+    def _is_ready(self, file: FileEntry) -> None:
+        self._checked.add(file.name)
+        self.changed.set()
+        self.changed = trio.Event()
 
     def paths(self, span: Span) -> dict[str, Path]:
         """Where the files of ``span`` lie, by name."""
@@ -91,7 +106,7 @@ class BlockFiles:
         for file in held:
             self._say_progress("checking", done, total, 0)
             if await trio.to_thread.run_sync(store.matches, file.name):
-                self._checked.add(file.name)
+                self._is_ready(file)
             else:
                 store.mark_unverified(file.name)
             done += file.size
@@ -120,7 +135,7 @@ class BlockFiles:
         transfer = running or self._start(file, verified=False)
         await transfer.wait_complete(stall_timeout=float("inf"))
         self._parts.store.mark_verified(file.name)
-        self._checked.add(file.name)
+        self._is_ready(file)
         self._announce(file)
         self._peers.publish(held=self._spans())
 

@@ -28,7 +28,7 @@ from torrentlm.node.adapters import NodeAdapters
 from torrentlm.node.membership import Membership
 from torrentlm.node.parts import Parts, Say
 from torrentlm.node.services import open_services
-from torrentlm.records import Endpoint, InfoHash, NodeKey, SessionId
+from torrentlm.records import Endpoint, InfoHash, NodeKey, SessionId, Span
 from torrentlm.structured import single_error
 from torrentlm.swarm.addresses import is_address
 from torrentlm.swarm.session import Swarm
@@ -86,12 +86,23 @@ class Node:
             return
         await trio.to_thread.run_sync(require_allowed, membership.folder, self.parts.config.allow_code)
         with single_error():
-            async with trio.open_nursery() as nursery:  # imports take seconds, which fetching can use
+            async with trio.open_nursery() as nursery:
                 nursery.start_soon(membership.fetch, span)
-                nursery.start_soon(self._compute)
-        computing = await self._compute()
-        self.parts.say({"event": "progress", "what": "loading", "done": 0, "total": 1, "rate": 0})
-        await computing.load(membership, span)
+                nursery.start_soon(self._serve_arriving, membership, span)
+
+    async def _serve_arriving(self, membership: Membership, span: Span) -> None:
+        """Serve each block from when its files are here, while others still arrive."""
+        computing = await self._compute()  # takes seconds, which fetching can use
+        served = await computing.open(membership, span)
+        while waiting := [block for block in span if block not in served.model.arrived]:
+            changed = membership.files.changed
+            if blocks := [block for block in waiting if block in membership.files.ready]:
+                if len(blocks) == len(waiting):  # until then it is fetching that takes the time
+                    self.parts.say({"event": "progress", "what": "loading", "done": 0, "total": 1, "rate": 0})
+                await computing.add(served, blocks)
+            else:
+                await changed.wait()
+        await computing.settle(served)
 
     async def _compute(self) -> Computing:
         """The computing part, started when first needed."""

@@ -57,16 +57,21 @@ def judge(opinions: Sequence[Opinion], here: Libraries) -> Verdict:
     return Verdict("differs", f"{block}, as a peer says that has no better versions; it is served all the same")
 
 
-async def recheck(model: HeldModel, sidecars: Sidecars, say: Callable[[dict[str, Any]], None]) -> None:
-    """Compare and say how it went. Raises UnsupportedModelError if the blocks must not be served, StorageError."""
+async def recheck(
+    model: HeldModel, blocks: Sequence[int], sidecars: Sidecars, say: Callable[[dict[str, Any]], None]
+) -> None:
+    """Compare one of ``blocks`` and say how it went.
+
+    Raises UnsupportedModelError if what was computed must not be served, StorageError.
+    """
     here = libraries()
     opinions: list[Opinion] = []
     stored = await sidecars.stored()
-    await _compare(model, [] if stored is None else [stored], opinions)
+    await _compare(model, blocks, [] if stored is None else [stored], opinions)
     heard: list[Found] = []
     if not any(opinion.own or opinion.rechecked.good for opinion in opinions):
         heard = await sidecars.ask()
-        agreeing = await _compare(model, heard, opinions)
+        agreeing = await _compare(model, blocks, heard, opinions)
         if agreeing is not None:
             await sidecars.keep(agreeing)
     verdict = judge(opinions, here)
@@ -75,10 +80,12 @@ async def recheck(model: HeldModel, sidecars: Sidecars, say: Callable[[dict[str,
     say({"event": "rechecked", "outcome": verdict.outcome, "why": verdict.why})
 
 
-async def _compare(model: HeldModel, found: Sequence[Found], opinions: list[Opinion]) -> Found | None:
-    """Add an opinion for each sidecar that has a sample of a block here; the first that agrees, which ends it."""
+async def _compare(
+    model: HeldModel, blocks: Sequence[int], found: Sequence[Found], opinions: list[Opinion]
+) -> Found | None:
+    """Add an opinion for each sidecar that has a sample of one of the blocks; the first that agrees, which ends it."""
     for one in found:
-        rechecked = await trio.to_thread.run_sync(model.recheck, one.sidecar)
+        rechecked = await trio.to_thread.run_sync(model.recheck, blocks, one.sidecar)
         if rechecked is not None:
             opinions.append(Opinion(one.sidecar.made_with, one.own, rechecked))
             if rechecked.good:

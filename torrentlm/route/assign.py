@@ -13,7 +13,12 @@ def copies(snapshot: Snapshot, blocks: int) -> list[int]:
     """How many peers serve, or are fetching in order to serve, each block."""
     counts = [0] * blocks
     for candidate in snapshot.candidates:
-        for block in {block for span in (*candidate.resident, *candidate.claimed) for block in span if block < blocks}:
+        for block in {
+            block
+            for span in (*candidate.resident, *candidate.offered, *candidate.claimed)
+            for block in span
+            if block < blocks
+        }:
             counts[block] += 1
     return counts
 

@@ -11,6 +11,8 @@ from torrentlm.route.registry import Candidate, Snapshot
 UNMEASURED_RTT_S = 0.050
 UNMEASURED_BLOCK_S = 0.002
 SUSPECT_PENALTY_S = 10.0
+LOAD_PENALTY_S = 1.0
+"""For a block that its holder would have to load first: more than any detour, less than asking somebody who failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,11 @@ class Missing:
     block: int
 
 
-def _serves(candidate: Candidate, block: int) -> bool:
-    return any(block in span for span in candidate.resident)
+def _load_cost(candidate: Candidate, block: int) -> float | None:
+    """Seconds to have this block in memory there; None if the candidate does not serve it."""
+    if any(block in span for span in candidate.resident):
+        return 0.0
+    return LOAD_PENALTY_S if any(block in span for span in candidate.offered) else None
 
 
 def _costs(candidate: Candidate) -> tuple[float, float]:
@@ -58,9 +63,10 @@ def plan_route(snapshot: Snapshot, blocks: Span, adapted: Collection[int] = ()) 
         before = best[-1] if best else None
         cheapest = min(before, key=lambda i: (before[i][0], i)) if before else None
         for index, candidate in enumerate(candidates):
-            if not _serves(candidate, block) or (block in adapted and not candidate.adapters):
+            load = _load_cost(candidate, block)
+            if load is None or (block in adapted and not candidate.adapters):
                 continue
-            enter, run = entry[index]
+            enter, run = entry[index][0], entry[index][1] + load
             if before is None or cheapest is None:
                 states[index] = (enter + run, None)
                 continue

@@ -41,6 +41,7 @@ class Candidate:
     resident: tuple[Span, ...]
     held: tuple[Span, ...] = ()
     claimed: tuple[Span, ...] = ()
+    offered: tuple[Span, ...] = ()
     rtt_s: float | None = None
     block_s: float | None = None
     sessions: int = 0
@@ -138,6 +139,7 @@ class Registry:
                 resident=peer.record.resident,
                 held=peer.record.held,
                 claimed=peer.record.claimed,
+                offered=peer.record.offered,
                 rtt_s=peer.rtt_s,
                 block_s=peer.record.block_ms / 1000 or None,
                 sessions=peer.record.sessions,

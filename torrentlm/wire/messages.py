@@ -67,6 +67,7 @@ _record = Struct(
     block_ms=Float(0, 1e6),
     sessions=_block,
     adapters=_u63,
+    offered=Array(_span, 256),
 )
 _adapter = Struct(AdapterId, v1=Bytes(20), v2=Bytes(32))
 _sampling = Struct(

@@ -20,6 +20,7 @@ from torrentlm.compute.device import Device
 from torrentlm.config import Recipe
 from torrentlm.errors import NetworkError
 from torrentlm.holder.adapters import Adapters
+from torrentlm.holder.memory import Memory
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.service import Holder
 from torrentlm.publish.publish import publish
@@ -141,7 +142,8 @@ async def open_chain(
     async with trio.open_nursery() as nursery:
         for index, span in enumerate(spans):
             node = NodeKey(bytes([index + 1]) * 32)
-            holder = Holder(node, chain.outbox(node), device, kv_budget=kv_budget, adapters=adapters)
+            memory = Memory(1 << 30, free=lambda: 1 << 40)
+            holder = Holder(node, chain.outbox(node), device, memory, kv_budget=kv_budget, adapters=adapters)
             holder.hold(
                 HeldModel(
                     published.magnet.v2 or b"",

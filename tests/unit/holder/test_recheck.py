@@ -60,7 +60,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
 
 
 def checked(held: HeldModel, sidecar: Sidecar) -> Rechecked:
-    found = held.recheck(sidecar)
+    found = held.recheck(held.worth_checking(held.arrived), sidecar)
     assert found is not None
     return found
 
@@ -164,12 +164,12 @@ def test_a_sample_that_does_not_fit_says_nothing(number: int, tiny: Tiny) -> Non
     held = tiny.held(Span(2, 2))
     [recorded] = tiny.sidecar.samples[0].borders[1]
     changes: Any = nothing_fits(recorded)[number]
-    assert held.recheck(with_samples(tiny.sidecar, **changes)) is None
-    assert held.recheck(replace(tiny.sidecar, samples=())) is None
+    assert held.recheck([2], with_samples(tiny.sidecar, **changes)) is None
+    assert held.recheck([2], replace(tiny.sidecar, samples=())) is None
 
 
 def test_token_ids_that_the_model_has_not(tiny: Tiny) -> None:
-    assert tiny.held(Span(0, 0)).recheck(with_samples(tiny.sidecar, tokens=(2**31 - 1,) * 8)) is None
+    assert tiny.held(Span(0, 0)).recheck([0], with_samples(tiny.sidecar, tokens=(2**31 - 1,) * 8)) is None
 
 
 def test_values_that_are_none(tiny: Tiny) -> None:
@@ -177,7 +177,7 @@ def test_values_that_are_none(tiny: Tiny) -> None:
     samples = tiny.sidecar.samples[0]
     nan = torch.full((8 * 32,), torch.nan).numpy().tobytes()
     border = (replace(samples.borders[1][0], data=nan),)
-    found = held.recheck(with_samples(tiny.sidecar, borders={**samples.borders, 1: border}))
+    found = held.recheck([2], with_samples(tiny.sidecar, borders={**samples.borders, 1: border}))
     assert found is not None and not found.good
 
 

@@ -84,7 +84,8 @@ class Model:
     def __init__(self, results: dict[int, Rechecked | None]) -> None:
         self.results = results
 
-    def recheck(self, sidecar: Sidecar) -> Rechecked | None:
+    def recheck(self, blocks: list[int], sidecar: Sidecar) -> Rechecked | None:
+        assert blocks == [3]
         return self.results[id(sidecar)]
 
 
@@ -93,7 +94,7 @@ def run(sidecars: Sidecars, *results: Rechecked | None, monkeypatch: pytest.Monk
     found = [*([sidecars.own] if sidecars.own else []), *sidecars.peers]
     model = Model({id(one.sidecar): result for one, result in zip(found, results, strict=True)})
     said: list[dict[str, Any]] = []
-    trio.run(recheck, cast(Any, model), cast(Any, sidecars), said.append)
+    trio.run(recheck, cast(Any, model), [3], cast(Any, sidecars), said.append)
     return said
 
 
