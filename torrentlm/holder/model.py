@@ -158,7 +158,7 @@ class HeldModel:
         return self._sides[self.manifest.side_of(block)]
 
     def worth_checking(self, blocks: Collection[int]) -> list[int]:
-        """A few of ``blocks`` to compare with what was recorded: a layer's code says more than the stem's or the head's."""
+        """A few of ``blocks`` to compare with what was recorded, layers first: they have the most code of their own."""
         return sorted(blocks, key=lambda block: (self.manifest.blocks[block].kind != "layers", block))[:RECHECK_BLOCKS]
 
     def recheck(self, blocks: Sequence[int], sidecar: Sidecar) -> Rechecked | None:

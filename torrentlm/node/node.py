@@ -114,6 +114,11 @@ class Node:
         return self._computing
 
     @property
+    def computing(self) -> Computing | None:
+        """The computing part; None as long as nothing was computed."""
+        return self._computing
+
+    @property
     def sessions(self) -> int:
         """Sessions that this node serves now."""
         return 0 if self._computing is None else self._computing.holder.sessions

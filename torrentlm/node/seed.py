@@ -16,9 +16,11 @@ from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.membership import Membership
 from torrentlm.node.node import Node, open_node
 from torrentlm.node.parts import Say
+from torrentlm.node.status import keep_status
 from torrentlm.publish.adapter import adapter_event, publish_adapter
 from torrentlm.publish.run import Pace, published_event, run
 from torrentlm.records import Endpoint
+from torrentlm.structured import single_error
 
 WATCH_EVERY_S = 1.0
 ANY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104  # to compare with
@@ -38,9 +40,12 @@ async def seed(settings: Settings, say: Say) -> None:
             say({"event": "joined", "name": membership.manifest.name, "blocks_total": len(membership.manifest.blocks)})
             for adapter in settings.adapters:
                 await _publish_adapter(node, membership, adapter, say)
-            await node.hold(membership)
-            say(_ready(node, membership))
-            await _watch(node, membership, say)
+            with single_error():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(keep_status, node)
+                    await node.hold(membership)
+                    say(_ready(node, membership))
+                    await _watch(node, membership, say)
         finally:
             say({"event": "stopped"})
 

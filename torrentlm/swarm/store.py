@@ -178,7 +178,7 @@ class Store:
         """Bytes that block files may still take: what is free, and no more than is left of the budget ``disk``."""
         with _storage_errors(self.data):
             free = shutil.disk_usage(self.data).free
-            return free if disk is None else min(free, disk - self._occupied())
+            return free if disk is None else min(free, disk - self.occupied())
 
     def require_space(self, files: Mapping[str, int], disk: int | None = None) -> None:
         """Raise StorageError unless what is missing of the block files (name: size in bytes) fits.
@@ -188,7 +188,7 @@ class Store:
         missing = self.missing(files)
         with _storage_errors(self.data):
             free = shutil.disk_usage(self.data).free
-            occupied = self._occupied()
+            occupied = self.occupied()
         if missing > free:
             raise disk_full(missing, free, self.data)
         if disk is not None and 0 < missing > disk - occupied:
@@ -197,7 +197,8 @@ class Store:
                 f"and the blocks to fetch need {missing / 1e6:,.1f} MB more; raise --disk or hold fewer blocks"
             )
 
-    def _occupied(self) -> int:
+    def occupied(self) -> int:
+        """Bytes of all block files, those fetched in part, too."""
         return sum(_allocated(path) for path in self.blocks.iterdir())
 
     # -- models
