@@ -39,8 +39,8 @@ from torrentlm.errors import TorrentLMError, UnsupportedModelError
 from torrentlm.wire.messages import Want
 
 HINTS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("hints.json").read_text(encoding="utf-8"))
-"""For models that do not agree with themselves: what they decode step by step is not what their forward gives for the
-whole text."""
+"""For models that do not agree with themselves: what they decode step by step, or for a prompt in parts, is not what
+their forward gives for the whole text. Without its hint each must be refused."""
 Outcome = Literal["exact", "refused", "wrong", "unbuildable"]
 OUTCOMES: tuple[Outcome, ...] = ("exact", "refused", "wrong", "unbuildable")
 
@@ -76,6 +76,9 @@ def check(kind: str, name: str, model_class: str, folder: Path, whole_runs: Call
         row.outcome, row.reason = "unbuildable", f"generate: {said(error)}"
         return row
     whole_runs()
+    if hints and not _is_refused(kind, folder):
+        row.outcome, row.reason = "wrong", "published without the hint that it needs"
+        return row
     try:
         sides = thirds(kind, folder, hints)
     except UnsupportedModelError as error:
@@ -90,6 +93,15 @@ def check(kind: str, name: str, model_class: str, folder: Path, whole_runs: Call
             row.outcome = "wrong"
     row.reason = "; ".join(f"{what}: {found}" for what, found in row.checks.items() if found != "exact")
     return row
+
+
+def _is_refused(kind: str, folder: Path) -> bool:
+    """Whether publishing without any hint is."""
+    try:
+        thirds(kind, folder, {})
+    except UnsupportedModelError:
+        return True
+    return False
 
 
 def _differences(

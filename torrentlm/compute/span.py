@@ -51,8 +51,9 @@ class SpanRunner:
     """Layers ``first`` to ``last`` (``last = first - 1``: none), with the stem or the head if asked for, on one device.
 
     ``weights`` are the span's block files; runners in one process share what they load from the same file. One forward
-    at a time: calls from several threads queue up. The constructor raises ArtifactError for unusable block files,
-    StorageError for unreadable ones, UnsupportedModelError when transformers cannot build the model.
+    at a time: calls from several threads queue up. ``vocabulary``: how many token ids the model knows. The constructor
+    raises ArtifactError for unusable block files, StorageError for unreadable ones, UnsupportedModelError when
+    transformers cannot build the model.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class SpanRunner:
         self._weights: Weights | None = held
         self._attach(held.tensors)
         self._runs = self._model.get_submodule(split.module)
-        self._vocabulary = vocabulary_of(self._model)
+        self.vocabulary = vocabulary_of(self._model)
         self._running = threading.Lock()
         self._step: _Step | None = None
         self._output = split.inputs.output
@@ -267,13 +268,13 @@ class SpanRunner:
             raise RemoteProtocolError(f"Token ids must be integers of shape [{batch}, {tokens}].")
         if ids.numel():
             lowest, highest = ids.aminmax()
-            if lowest < 0 or highest >= self._vocabulary:
-                raise RemoteProtocolError(f"Token ids must be from 0 to {self._vocabulary - 1}.")
+            if lowest < 0 or highest >= self.vocabulary:
+                raise RemoteProtocolError(f"Token ids must be from 0 to {self.vocabulary - 1}.")
 
     def _nothing(self, batch: int, logits: bool) -> Border | Logits:
         """The result of a step of no tokens."""
         if logits:
-            return Logits(torch.zeros((batch, 0, self._vocabulary), dtype=self.dtype, device=self.device))
+            return Logits(torch.zeros((batch, 0, self.vocabulary), dtype=self.dtype, device=self.device))
         return self.split.borders[self.layers.stop].zeros(Point(batch, 0), self.dtype, self.device)
 
     # Set-up

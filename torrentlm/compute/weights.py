@@ -20,7 +20,7 @@ from torrentlm.compute.border import DTYPES, aligned, view_of
 from torrentlm.compute.device import memory_errors
 from torrentlm.compute.skeleton import replace_parameters
 from torrentlm.errors import ArtifactError, StorageError
-from torrentlm.manifest.canonical import Layout, read_layout
+from torrentlm.manifest.canonical import FLOATING, Layout, read_layout
 
 Names = Sequence[tuple[str, str]]
 """(prefix in the file, prefix in the model): to the model a tensor's name begins with the second instead."""
@@ -41,7 +41,7 @@ class BlockWeights:
         self.name = path.name
         self.tensors = {
             name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in _map_file(path)
+            for name, tensor in _map_file(path, dtype, device)
         }
         self._converted: dict[frozenset[str], dict[str, torch.Tensor]] = {}
 
@@ -138,20 +138,36 @@ def load_block(path: Path, dtype: torch.dtype, device: torch.device) -> BlockWei
         return loaded
 
 
-def _map_file(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _map_file(path: Path, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors as they lie in the file. One that will be copied is let go of before the next one is read."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             layout = read_layout(file, size, path.name)
-            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            # Some models' code changes weights in place: then a page of our own takes the place of the file's.
+            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise _unreadable(path, error) from error
+    if device.type != "cpu" or any(DTYPES.get(spec.dtype) != dtype for spec in layout.specs if spec.dtype in FLOATING):
+        return _copied_tensors(path, pages, layout)
     # Large pages, and all of the file now rather than in the first step; a system may know neither.
     for advice in (getattr(mmap, "MADV_HUGEPAGE", None), MADV_POPULATE_READ):
         if advice is not None:
             with suppress(OSError, ValueError):
                 pages.madvise(advice)
     return _tensors(path, pages, layout)
+
+
+def _copied_tensors(path: Path, pages: mmap.mmap, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each is used before the next is asked for; then the system need not keep its pages for us."""
+    ends = iter(layout.tensors)
+    for name, tensor in _tensors(path, pages, layout):
+        yield name, tensor
+        del tensor
+        end = next(ends).end // mmap.PAGESIZE * mmap.PAGESIZE
+        if end and hasattr(mmap, "MADV_DONTNEED"):
+            with suppress(OSError, ValueError):
+                pages.madvise(mmap.MADV_DONTNEED, 0, end)
 
 
 def _tensors(path: Path, pages: mmap.mmap, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:

@@ -80,7 +80,7 @@ class Gateway:
         self._numbers = 0
         self._pending: OrderedDict[TcpStream, trio.CancelScope] = OrderedDict()  # connections that have not greeted yet
         self._own: set[Endpoint] = set()
-        self._dialed_from: dict[Endpoint, Endpoint] = {}  # our end of a dial under way -> its target
+        self._dials_from: set[tuple[Endpoint, Endpoint]] = set()  # dials under way: our end, the target
         self._pipe_dials: dict[Endpoint, trio.Event] = {}
         self._relay: DatagramRelay
         self._nursery: trio.Nursery
@@ -156,8 +156,9 @@ class Gateway:
             return
         tag = PeerTag.parse(greeting.peer_id)
         if tag is not None and tag.key == self._tag.key:
-            if target := self._dialed_from.get(stream.remote):
-                self._own.add(target)
+            targets = [target for local, target in self._dials_from if local == stream.remote]
+            if len(targets) == 1:  # two dials to different targets may have the same port of ours
+                self._own.add(targets[0])
             return
         peer = Endpoint(stream.remote.host, tag.port) if tag and tag.port else stream.remote
         if tag is not None and tag.pipe_only:
@@ -356,7 +357,8 @@ class Gateway:
             stream = await tcp.dial(endpoint)
         if stream is None:
             raise NetworkError(f"{endpoint} did not answer within {self._policy.dial_limit:g} s")
-        self._dialed_from[stream.local] = endpoint
+        dial = (stream.local, endpoint)
+        self._dials_from.add(dial)
         try:
             await stream.send_all(greeting.to_bytes())
             return stream, await read_greeting(stream, self._policy.greeting_limit)
@@ -364,7 +366,7 @@ class Gateway:
             stream.close()
             raise
         finally:
-            del self._dialed_from[stream.local]
+            self._dials_from.discard(dial)
 
     async def _serve(self, link: Link, remote: TcpStream, client: TcpStream | None) -> None:
         await self._run(self._connect(link, remote, client))

@@ -35,6 +35,7 @@ from torrentlm.compute.whole import Whole
 from torrentlm.errors import ArtifactError, RefusedError, RemoteProtocolError, UnsupportedModelError
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.manifest.sidecar import Outcome, Samples, Sidecar
+from torrentlm.publish.in_parts import require_same_in_parts
 from torrentlm.records import Span
 from torrentlm.wire.messages import Want
 from torrentlm.wire.tensors import Tensor
@@ -44,8 +45,8 @@ TOLERANCE = {"F64": 1e-5, "F32": 1e-5, "F16": 1e-2, "BF16": 5e-2}
 PARTS = 3
 SINGLE = 2
 """Steps of one token behind the prompt; one where the weights are streamed: each costs a pass over all of them."""
-LONGER = 24
-"""Tokens of a prompt that comes at once and in two parts."""
+SAMPLED = 3
+"""Blocks behind the stem in which a large model's prompt in parts is looked at; layers of one kind do alike."""
 DECODED = 3
 """Tokens that a model without a known state decodes by itself."""
 ALIKE = 1e-3
@@ -111,12 +112,14 @@ def prove(
             break
         run = runs[dtype] = _Run(config, dtype, text, lambda done: report(done, len(parts)))
         for split, cut in zip(splits, cuts, strict=True):
-            run.side(
-                split, cut, len(cuts), by_itself=by_itself and dtype == "F32", in_parts=not is_large and dtype == "F32"
-            )
+            run.side(split, cut, len(cuts), by_itself=by_itself and dtype == "F32")
         outcomes[dtype] = _compare(dtype, run.found, run.expected, runs["F32"].expected if "F32" in runs else None)
         if dtype == "F32":
             _require_good(outcomes[dtype])
+    for side, (split, cut) in enumerate(zip(splits, cuts, strict=True)):
+        if split.inputs.causal and split.chunks and not split.replays:
+            some = _first_blocks(manifest, side, paths) if is_large else cut.parts
+            require_same_in_parts(config, split, some, run.encoded)
     report(len(parts), len(parts))
     best = runs.get("F32", run)
     streamed = any(cut.streamed for cut in cuts)
@@ -173,6 +176,13 @@ def _spans_within(manifest: Manifest, blocks: Span, limit: int) -> list[Span]:
     return spans
 
 
+def _first_blocks(manifest: Manifest, side: int, paths: Mapping[str, Path]) -> list[Part]:
+    """The stem and the first layers, of as many kinds as there are among them, a part each."""
+    blocks = manifest.side_blocks(side)
+    last = min(blocks.first + SAMPLED, blocks.last - 1)
+    return [part_of(manifest, Span(block, block), paths) for block in range(blocks.first, last + 1)]
+
+
 def _size(manifest: Manifest, span: Span) -> int:
     """Bytes of the weights in F32, each file once; mapped ones, which need no conversion, count, too."""
     layouts = (manifest.layouts[file.layout] for file in manifest.span_files(span.first, span.last))
@@ -181,7 +191,7 @@ def _size(manifest: Manifest, span: Span) -> int:
 
 class _Run:
     """The whole model and its parts in one dtype, side by side: an encoder first, then the decoder that reads what the
-    whole encoder made. ``found`` and ``expected`` are what all steps gave.
+    whole encoder made (``encoded``). ``found`` and ``expected`` are what all steps gave.
     """
 
     def __init__(
@@ -196,29 +206,25 @@ class _Run:
         self._text = text
         self._report = report
         self._done = 0
-        self._encoded: Encoded | None = None
+        self.encoded: Encoded | None = None
 
-    def side(self, split: Split, cut: _Cut, sides: int, *, by_itself: bool, in_parts: bool) -> None:
-        """Run one of so many sides. ``by_itself``: what replays has to be what the model decodes by itself.
-        ``in_parts``: a prompt in parts has to give what it gives at once.
-        """
+    def side(self, split: Split, cut: _Cut, sides: int, *, by_itself: bool) -> None:
+        """Run one of so many sides. ``by_itself``: what replays has to be what the model decodes by itself."""
         whole = Whole(self._config, split, cut.parts, DTYPES[self._dtype], streamed=cut.streamed)
         chosen = choose(split, cut.borders, self._dtype, ROOM // sides)
         singles = 0 if not split.inputs.causal else 1 if cut.streamed else SINGLE
         steps = self._steps(whole.vocabulary, chosen.tokens, singles)
-        expected, borders = whole.run(steps, self._encoded, chosen.positions)
+        expected, borders = whole.run(steps, self.encoded, chosen.positions)
         if by_itself and split.replays and split.inputs.causal:
-            _require_same_decoding(whole, steps[0], self._encoded)
-        if in_parts and split.inputs.causal and split.chunks and not split.replays:
-            _require_same_in_parts(whole, self._encoded)
-        self.samples.append(record(steps[0][0], borders, expected[0][:, -1:], self._encoded, chosen.dtype))
+            _require_same_decoding(whole, steps[0], self.encoded)
+        self.samples.append(record(steps[0][0], borders, expected[0][:, -1:], self.encoded, chosen.dtype))
         if cut.streamed:
             whole.release()  # else the parts use the same
         self.found += self._run_parts(split, cut, steps)
         self.expected += expected
         whole.release()
-        if sides > 1:
-            self._encoded = Encoded(expected[0], torch.ones(expected[0].shape[:2], dtype=torch.long))
+        if sides > 1 and self.encoded is None:  # the encoder's
+            self.encoded = Encoded(expected[0], torch.ones(expected[0].shape[:2], dtype=torch.long))
 
     def _steps(self, vocabulary: int, prompt: int, singles: int) -> list[torch.Tensor]:
         """A prompt of so many tokens, the first half of them random (always the same), the others from the text; and
@@ -251,22 +257,9 @@ class _Run:
     ) -> list[tuple[Tensor, ...]]:
         runner = part.runner(self._config, split, DTYPES[self._dtype])
         length = sum(ids.shape[1] for ids in steps)
-        cache = runner.open(steps[0].shape[0], length, encoded=self._encoded)
+        cache = runner.open(steps[0].shape[0], length, encoded=self.encoded)
         made = zip(tensors, steps, strict=True)
         return [step(runner, cache, given, ids.shape[1], Want.LOGITS_ALL) for given, ids in made]
-
-
-def _require_same_in_parts(whole: Whole, encoded: Encoded | None) -> None:
-    """Some models do not agree with themselves when a prompt comes in parts, as long ones do."""
-    ids = torch.randint(0, whole.vocabulary, (1, LONGER), generator=torch.Generator().manual_seed(1))
-    at_once, _ = whole.run([ids], encoded)
-    in_parts, _ = whole.run([ids[:, : LONGER // 2 - 2], ids[:, LONGER // 2 - 2 :]], encoded)
-    one, other = at_once[0][:, -1].float(), in_parts[1][:, -1].float()
-    if _difference(one, other) > ALIKE * _largest(one):
-        raise UnsupportedModelError(
-            "this model cannot be published as it is: a prompt in parts gives something else than the whole prompt;"
-            " with chunks = false in [model.split] holders get each prompt whole"
-        )
 
 
 def _require_same_decoding(whole: Whole, ids: torch.Tensor, encoded: Encoded | None) -> None:

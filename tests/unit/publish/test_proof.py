@@ -166,7 +166,7 @@ def test_streaming_never_holds_two_parts(folder: Path, store: Store, monkeypatch
 
     published = publish(Recipe("Tiny", folder), store)
     most = 0
-    load = weights._load
+    load = weights.load_block
 
     def counting(*arguments: Any) -> Any:
         nonlocal most
@@ -174,7 +174,7 @@ def test_streaming_never_holds_two_parts(folder: Path, store: Store, monkeypatch
         most = max(most, sum(key[0].is_relative_to(store.blocks) for key in list(weights._in_use)))  # type: ignore[attr-defined]
         return loaded
 
-    monkeypatch.setattr(weights, "_load", counting)
+    monkeypatch.setattr(weights, "load_block", counting)
     again(published, store, memory=0)
     largest = max(len(block.files) for block in published.manifest.blocks)
     assert most <= largest

@@ -1,0 +1,91 @@
+"""Whether a model gives for a prompt in parts, as long ones come, what it gives for the whole prompt. Some do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PretrainedConfig
+
+from torrentlm.compute.border import pack, unpack
+from torrentlm.compute.chain import Part, step
+from torrentlm.compute.inputs import Encoded
+from torrentlm.compute.split import Split
+from torrentlm.errors import RefusedError, RemoteProtocolError, UnsupportedModelError
+from torrentlm.wire.messages import Want
+from torrentlm.wire.tensors import Tensor
+
+TOKENS = (18, 14, 8)
+"""How many come at a time; fewer for a model that ends before."""
+LEAST = 6
+ROWS = 4
+"""Prompts: some models pick a few of the earlier tokens, and not in every prompt others when it comes in parts."""
+ALIKE = 1e-4
+"""How far apart values may be in F32, as a share of one more than the largest."""
+
+
+def require_same_in_parts(
+    config: PretrainedConfig, split: Split, parts: Sequence[Part], encoded: Encoded | None
+) -> None:
+    """Raise UnsupportedModelError, with the hint that helps, if they differ.
+
+    ``parts`` are those of one side, the stem first; they need not go on to the head: what may differ is in the layers.
+    Each is there only while it runs, in F32.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    total = min(sum(TOKENS), limit) if isinstance(limit, int) and limit > 0 else sum(TOKENS)
+    if total < LEAST:
+        return
+    sizes = [total * count // sum(TOKENS) for count in TOKENS[:-1]]
+    sizes.append(total - sum(sizes))
+    at_once, in_parts = _through(config, split, parts, encoded, sizes)
+    if any(_differ(one, other, sizes) for one, other in zip(at_once, in_parts, strict=True)):
+        raise UnsupportedModelError(
+            "this model cannot be published as it is: a prompt in parts gives something else than the whole prompt;"
+            " with chunks = false in [model.split] holders get each prompt whole"
+        )
+
+
+def _through(
+    config: PretrainedConfig, split: Split, parts: Sequence[Part], encoded: Encoded | None, sizes: Sequence[int]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What comes out behind the last part: of the whole prompt, and of its last few tokens when these came alone."""
+    total = sum(sizes)
+    whole: list[tuple[Tensor, ...]] = []
+    pieces: list[tuple[Tensor, ...]] = []
+    for part in parts:
+        runner = part.runner(config, split, torch.float32)
+        if not whole:
+            ids = torch.randint(0, runner.vocabulary, (ROWS, total), generator=torch.Generator().manual_seed(1))
+            whole = [(pack(ids),)]
+            pieces = [(pack(piece),) for piece in torch.split(ids, list(sizes), dim=1)]
+        given = None if encoded is None else _rows(encoded)
+        try:
+            sessions = [runner.open(ROWS, total, encoded=given) for _ in range(2)]
+            whole = [step(runner, sessions[0], whole[0], total, Want.LOGITS_ALL)]
+            pieces = [
+                step(runner, sessions[1], piece, count, Want.LOGITS_ALL)
+                for piece, count in zip(pieces, sizes, strict=True)
+            ]
+        except (RefusedError, RemoteProtocolError) as error:
+            raise UnsupportedModelError(
+                f"this model cannot be published: cut into parts it does not run ({error})"
+            ) from error
+        finally:
+            runner.close()
+    return [unpack(tensor) for tensor in whole[0]], [unpack(tensor) for tensor in pieces[-1]]
+
+
+def _rows(encoded: Encoded) -> Encoded:
+    """What an encoder made of one text, for each of the prompts."""
+    return Encoded(encoded.states[:1].float().repeat(ROWS, 1, 1), encoded.mask[:1].repeat(ROWS, 1))
+
+
+def _differ(at_once: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]) -> bool:
+    """Of values that there are for each token, those of the last few; of others nothing is said."""
+    if at_once.dim() < 2 or at_once.shape[1] != sum(sizes) or last.shape[1] != sizes[-1]:
+        return False
+    expected, found = at_once[:, -sizes[-1] :].float(), last.float()
+    same = (expected == found) | (expected.isnan() & found.isnan())
+    difference = float((expected - found).abs().nan_to_num(torch.inf).masked_fill(same, 0.0).max())
+    return difference > ALIKE * (1 + float(expected.abs().nan_to_num(0.0, posinf=0.0).max()))
