@@ -39,8 +39,9 @@ _NETWORK: tuple[Decorator, ...] = (
 )
 _HOLDING: tuple[Decorator, ...] = (
     click.option("--blocks", metavar="auto|none|A-B", help="Blocks to run. [default: auto]"),
+    click.option("--devices", metavar="auto|NAME,…", help="What to compute on, such as cpu or cuda:0,cuda:1."),
     click.option("--ram", metavar="SIZE", help="Memory budget, such as 4GB."),
-    click.option("--vram", metavar="SIZE", help="The accelerator's memory budget."),
+    click.option("--vram", metavar="SIZE", help="Memory budget of each accelerator."),
     click.option("--disk", metavar="SIZE", help="Disk budget."),
     click.option("--precision", metavar="|".join(PRECISIONS), help="What to compute in."),
     click.option("--threads", type=int, metavar="N", help="Compute threads. [default: one per core]"),
