@@ -102,6 +102,12 @@ def load(
     return merge(read_file(path), here / path.parent, environment, overrides or {}, folder=here, file=str(path))
 
 
+def load_node(overrides: Mapping[str, object], environment: Mapping[str, str] | None = None) -> NodeConfig:
+    """A node without a model, from options by field name and the environment."""
+    here = Path.cwd()
+    return _node({}, here, os.environ if environment is None else environment, overrides, "the command line", here)
+
+
 def read_file(path: Path) -> dict[str, object]:
     """A TOML file as a dict; ConfigError if it cannot be read or is no TOML."""
     try:
