@@ -135,7 +135,7 @@ def measure(
     with torch.inference_mode():
         try:
             read, upload, pinned = _copies(where, sizes)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             raise ConfigError(
                 f"{device.name} ({device.model}) cannot be measured: {first_line(error)}; close what else uses it, or"
                 " leave it out with --devices."
