@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 WIDE = 200
 """Columns where nobody's terminal says how many: nothing is cut then."""
+BUSY = 1.0
+"""Processes that wanted each core when a device was measured."""
 
 
 @click.command(short_help="Show devices, what each precision costs, and what is wrong.")
@@ -51,6 +53,9 @@ def _show(found: dict[str, Any]) -> None:
     for part in (_devices(found), _precisions(found), _node(found)):
         console.print(part)
         console.print()
+    for device in found["devices"]:
+        if (device["measured"] or {"load": 0})["load"] >= BUSY:
+            click.echo(f"({device['name']} was measured on a busy machine; --again on an idle one will show more)")
     for fault in found["faults"]:
         click.echo(f"✗ {fault}")
     if not found["faults"]:

@@ -48,7 +48,10 @@ class PrecisionCost:
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One device. Rates in bytes per second: ``read`` from its own memory, ``upload`` into it from the processor's
-    pages, ``pinned`` from pages that the driver has locked (0: not possible). ``seconds`` is what measuring took.
+    pages, ``pinned`` from pages that the driver has locked (0: not possible).
+
+    ``seconds`` is what measuring took. ``load``: how many processes wanted each core before it began (the average of a
+    minute); from 1 on, the machine was busy and the rates are low.
     """
 
     device: str
@@ -57,6 +60,7 @@ class Measurement:
     pinned: float
     precisions: tuple[PrecisionCost, ...]
     seconds: float = 0.0
+    load: float = 0.0
 
     def cost(self, precision: str) -> PrecisionCost:
         """That precision's; one that was not measured is lacking."""
@@ -116,7 +120,7 @@ def _entries(folder: Path) -> list[tuple[dict[str, Any], Any]]:
 def _measurement(value: dict[str, Any]) -> Measurement:
     """Raises ValueError, TypeError or KeyError for anything but what ``remember`` writes."""
     precisions = tuple(_cost(cost) for cost in value["precisions"])
-    numbers = {name: _number(value[name]) for name in ("read", "upload", "pinned", "seconds")}
+    numbers = {name: _number(value[name]) for name in ("read", "upload", "pinned", "seconds", "load")}
     if not precisions or numbers["read"] == 0:
         raise ValueError("nothing was measured")
     return Measurement(device=_text(value["device"]), precisions=precisions, **numbers)

@@ -7,6 +7,7 @@ not hang on what else ran that day.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -128,7 +129,7 @@ def measure(
     device: DeviceInfo, precisions: Mapping[str, Prepare] = PRECISIONS, sizes: Sizes | None = None
 ) -> Measurement:
     """Measure now. Raises ConfigError if the device cannot even copy."""
-    begun = time.perf_counter()
+    begun, load = time.perf_counter(), _load()
     sizes = _within(device, sizes or (ACCELERATOR if device.accelerates else PROCESSOR))
     where = torch.device(device.name)
     weight = torch.randn(sizes.side, sizes.side, generator=torch.Generator().manual_seed(0)) / math.sqrt(sizes.side)
@@ -141,7 +142,11 @@ def measure(
                 " leave it out with --devices."
             ) from error
         costs = tuple(_cost(name, prepare, weight, device, sizes) for name, prepare in precisions.items())
-    return Measurement(device.name, read, upload, pinned, costs, time.perf_counter() - begun)
+    return Measurement(device.name, read, upload, pinned, costs, time.perf_counter() - begun, load)
+
+
+def _load() -> float:
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
 def _within(device: DeviceInfo, sizes: Sizes) -> Sizes:

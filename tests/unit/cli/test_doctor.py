@@ -33,7 +33,7 @@ DEVICE = {
     "budget": 16_000_000_000,
     "weights_budget": 12_000_000_000,
     "kv_budget": 4_000_000_000,
-    "measured": {"read": 9e11, "upload": 6e9, "pinned": 2.5e10, "precisions": COSTS},
+    "measured": {"read": 9e11, "upload": 6e9, "pinned": 2.5e10, "load": 1.5, "precisions": COSTS},
 }
 IDLE = {**DEVICE, "name": "cuda:1", "used": False, "budget": None, "measured": None}
 FOUND: dict[str, Any] = {
@@ -72,6 +72,7 @@ def test_a_table_of_all_of_it(asked: list[tuple[NodeConfig, bool]], capsys: pyte
     assert any("12 GB for weights, 4 GB for KV-caches" in line for line in lines)
     assert any("TCP works, UDP does not work" in line for line in lines)
     assert any("rich missing" in line for line in lines)
+    assert "cuda:0 was measured on a busy machine" in lines[-2] and "cuda:1 was" not in "".join(lines)
     assert lines[-1] == "✗ Something is wrong; mend it."
 
 
