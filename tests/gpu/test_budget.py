@@ -49,15 +49,14 @@ def test_blocks_take_what_was_planned(
 ) -> None:
     manifest = decoder.published.manifest
     planned = weights_bytes(manifest, precision)
-    files = {used.file for block in manifest.blocks[MIDDLE.first : MIDDLE.last + 1] for used in block.files}
-    due = sum(planned[manifest.files[number].name] for number in files)
+    due = sum(planned[file.name] for file in manifest.span_files(MIDDLE.first, MIDDLE.last))
     gc.collect()
     before = torch.cuda.memory_allocated(cuda)
     held = decoder.held(precision, cuda, MIDDLE)
+    runner = held.runner(MIDDLE)
     taken = torch.cuda.memory_allocated(cuda) - before
     row(precision, MB=taken / 1e6, planned_MB=due / 1e6)
     assert due <= taken <= due + SLACK
-    runner = held.runner(MIDDLE)
     cache = runner.open(1, 256)
     full = torch.cuda.memory_allocated(cuda)
     runner.forward(cache, hidden(runner, PROMPT), PROMPT)
