@@ -133,10 +133,13 @@ def _free(folder: Path) -> int:
 def disk_faults(config: NodeConfig, free: int) -> list[str]:
     """Sentences about a disk with ``free`` bytes."""
     if config.disk is not None and config.disk > free:
-        return [f"The disk of {config.data} has {free} bytes free, fewer than --disk allows ({config.disk}); lower it."]
+        return [
+            f"The disk of {config.data} has {free / 1e6:,.1f} MB free, less than the {config.disk / 1e6:,.1f} MB of"
+            " --disk; lower it."
+        ]
     if free < LITTLE_DISK:
         return [
-            f"The disk of {config.data} has only {free} bytes free; make room, or choose a folder on another with"
+            f"The disk of {config.data} has only {free / 1e6:,.1f} MB free; make room, or choose a folder on another with"
             " --data."
         ]
     return []
@@ -218,7 +221,7 @@ def device_faults(
     for name, budget in budgets.items():
         if budget < LITTLE_MEMORY:
             faults.append(
-                f"The budget of {name} is only {budget} bytes, hardly a block of any model; close other programs, or"
+                f"The budget of {name} is only {budget / 1e6:,.1f} MB, hardly a block of any model; close other programs, or"
                 " raise --ram or --vram."
             )
         if config.precision != "auto" and name in measurements:

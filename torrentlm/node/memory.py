@@ -72,7 +72,7 @@ def _device_budget(config: NodeConfig, device: DeviceInfo, sharing: int) -> int:
         return int(device.memory_free * CARD_SHARE) if own else int(device.memory_free * MACHINE_SHARE) // sharing
     if given > device.memory_total:
         raise ConfigError(
-            f"{device.name} has {device.memory_total} bytes of memory, fewer than the {given} of --{name};"
-            f" lower --{name}, or leave it out for what is free."
+            f"{device.name} has {device.memory_total / 1e6:,.1f} MB of memory, less than the {given / 1e6:,.1f} MB of"
+            f" --{name}; lower --{name}, or leave it out for what is free."
         )
     return given

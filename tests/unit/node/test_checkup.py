@@ -51,8 +51,8 @@ def test_libraries() -> None:
 
 def test_disks(tmp_path: Path) -> None:
     assert disk_faults(node(tmp_path), 5 * GIB) == disk_faults(node(tmp_path, disk=4 * GIB), 5 * GIB) == []
-    assert "has only 5 bytes free; make room" in disk_faults(node(tmp_path), 5)[0]
-    assert "fewer than --disk allows" in disk_faults(node(tmp_path, disk=6 * GIB), 5 * GIB)[0]
+    assert "has only 5.0 MB free; make room" in disk_faults(node(tmp_path), 5_000_000)[0]
+    assert "less than the 6,442.5 MB of --disk" in disk_faults(node(tmp_path, disk=6 * GIB), 5 * GIB)[0]
 
 
 def test_devices() -> None:

@@ -33,8 +33,8 @@ def test_one_memory_is_not_given_twice() -> None:
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (NodeConfig(vram=9_000), "cuda:1 has 8000 bytes of memory, fewer than the 9000 of --vram; lower --vram"),
-        (NodeConfig(ram=9_000), "cpu has 8000 bytes of memory, fewer than the 9000 of --ram; lower --ram"),
+        (NodeConfig(vram=9 * 10**9), r"cuda:1 has 0.0 MB of memory, less than the 9,000.0 MB of --vram; lower --vram"),
+        (NodeConfig(ram=9 * 10**9), r"cpu has 0.0 MB of memory, less than the 9,000.0 MB of --ram; lower --ram"),
     ],
 )
 def test_a_budget_beyond_the_device(config: NodeConfig, says: str) -> None:
