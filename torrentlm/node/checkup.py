@@ -139,8 +139,8 @@ def disk_faults(config: NodeConfig, free: int) -> list[str]:
         ]
     if free < LITTLE_DISK:
         return [
-            f"The disk of {config.data} has only {free / 1e6:,.1f} MB free; make room, or choose a folder on another with"
-            " --data."
+            f"The disk of {config.data} has only {free / 1e6:,.1f} MB free; make room, or choose a folder on"
+            " another with --data."
         ]
     return []
 
@@ -221,8 +221,8 @@ def device_faults(
     for name, budget in budgets.items():
         if budget < LITTLE_MEMORY:
             faults.append(
-                f"The budget of {name} is only {budget / 1e6:,.1f} MB, hardly a block of any model; close other programs, or"
-                " raise --ram or --vram."
+                f"The budget of {name} is only {budget / 1e6:,.1f} MB, hardly a block of any model; close other"
+                " programs, or raise --ram or --vram."
             )
         if config.precision != "auto" and name in measurements:
             lacking = measurements[name].cost(config.precision).lacking
