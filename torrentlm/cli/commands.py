@@ -12,7 +12,7 @@ import click
 
 from torrentlm.errors import TorrentLMError
 
-SUBCOMMANDS = ("seed", "publish", "convert", "chat", "generate", "embed", "inspect", "status", "demo")
+SUBCOMMANDS = ("seed", "publish", "convert", "chat", "generate", "embed", "inspect", "status", "doctor", "demo")
 INTERRUPTED = 130
 """What a shell gives for a command that Ctrl-C ended."""
 

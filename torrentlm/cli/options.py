@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from torrentlm.config import NODE_KEYS, PRECISIONS, Settings, load, variable_of
+from torrentlm.config import NODE_KEYS, PRECISIONS, Settings, load, load_node, variable_of
 from torrentlm.errors import ConfigError
 from torrentlm.records import RANGES
 
@@ -37,13 +37,16 @@ _NETWORK: tuple[Decorator, ...] = (
         help='Where to enter the DHT; "none" for known peers alone. Repeatable.',
     ),
 )
-_HOLDING: tuple[Decorator, ...] = (
-    click.option("--blocks", metavar="auto|none|A-B", help="Blocks to run. [default: auto]"),
+_BLOCKS: Decorator = click.option("--blocks", metavar="auto|none|A-B", help="Blocks to run. [default: auto]")
+_MACHINE: tuple[Decorator, ...] = (
+    click.option("--devices", metavar="auto|NAME,…", help="What to compute on, such as cpu or cuda:0,cuda:1."),
     click.option("--ram", metavar="SIZE", help="Memory budget, such as 4GB."),
-    click.option("--vram", metavar="SIZE", help="The accelerator's memory budget."),
+    click.option("--vram", metavar="SIZE", help="Memory budget of each accelerator."),
     click.option("--disk", metavar="SIZE", help="Disk budget."),
     click.option("--precision", metavar="|".join(PRECISIONS), help="What to compute in."),
     click.option("--threads", type=int, metavar="N", help="Compute threads. [default: one per core]"),
+)
+_SERVING: tuple[Decorator, ...] = (
     click.option("--lease", type=float, metavar="SECONDS", help="How long a silent client's memory is kept."),
     _ALLOW_CODE,
     click.option(
@@ -87,7 +90,12 @@ def client_options(command: F) -> F:
 
 def node_options(command: F) -> F:
     """Every key of [node] as an option."""
-    return _apply(command, (*_NETWORK, *_HOLDING))
+    return _apply(command, (*_NETWORK, _BLOCKS, *_MACHINE, *_SERVING))
+
+
+def machine_options(command: F) -> F:
+    """What of a node is about the machine it runs on."""
+    return _apply(command, (*_NETWORK[:3], *_MACHINE))
 
 
 def publisher_options(command: F) -> F:
@@ -137,13 +145,22 @@ class _Real(click.FloatRange):
         return number
 
 
+def machine_settings(model: str | None, options: Mapping[str, object]) -> Settings:
+    """The node of ``model``, or without one that of the environment and the options alone."""
+    return Settings(node=load_node(_given(options))) if model is None else settings_of(model, options)
+
+
 def settings_of(model: str, options: Mapping[str, object], *, client: bool = False) -> Settings:
     """Settings for ``model`` with these options. A client takes any free port unless told otherwise: the port in a
     model.toml is the seeding node's, which may be running beside it."""
-    overrides = {name: options[name] for name in NODE_KEYS if options.get(name) not in (None, ())}
+    overrides = _given(options)
     if client and not os.environ.get(variable_of("port")):
         overrides.setdefault("port", 0)
     return _letting_pass(load(model, overrides=overrides), options)
+
+
+def _given(options: Mapping[str, object]) -> dict[str, object]:
+    return {name: options[name] for name in NODE_KEYS if options.get(name) not in (None, ())}
 
 
 def _letting_pass(settings: Settings, options: Mapping[str, object]) -> Settings:

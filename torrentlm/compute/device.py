@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 import torch
 import trio
 
+from torrentlm.compute.processor import processor_name
 from torrentlm.errors import ConfigError, OutOfMemoryError
 
 Result = TypeVar("Result")
@@ -20,28 +19,39 @@ Arguments = TypeVarTuple("Arguments")
 class Device:
     """One device, one forward at a time, each in a worker thread. ``torch_device`` is where its tensors live.
 
-    ``threads`` limits the cores that one forward uses on a CPU. Raises ConfigError for a device that is not there.
+    ``threads`` limits the cores that one forward uses on a CPU. ``budget`` is how many bytes of its memory weights and
+    KV-caches may take together; nothing here enforces it. Raises ConfigError for a device that is not there.
     """
 
-    def __init__(self, name: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, name: str = "cpu", threads: int | None = None, budget: int = 0) -> None:
         try:
             self.torch_device = torch.device(name)
-            torch.empty(1, device=self.torch_device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(
-                f"The device {name!r} is not usable here; choose cpu, or cuda where there is one."
-            ) from error
+        except RuntimeError as error:
+            raise ConfigError(f"torch knows no device {name!r}; torrentlm doctor lists those that are here.") from error
+        self.budget = budget
+        self.check()
         if threads is not None and self.torch_device.type == "cpu":
             torch.set_num_threads(threads)
         self._limiter = trio.CapacityLimiter(1)
+
+    def check(self) -> None:
+        """Raise ConfigError if the device is not there, or not any more: a driver may lose one while it runs."""
+        try:
+            torch.ones(1, device=self.torch_device).sum().item()
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"The device {self.torch_device} is not usable here, or not any more; torrentlm doctor says what is,"
+                " and --devices chooses."
+            ) from error
 
     @property
     def name(self) -> str:
         """What peers are told: the device's kind and its maker's name for it."""
         if self.torch_device.type == "cpu":
-            return f"cpu ({_processor()}, {torch.get_num_threads()} threads)"
+            return f"cpu ({processor_name()}, {torch.get_num_threads()} threads)"
         if self.torch_device.type == "cuda":
-            return f"cuda ({torch.cuda.get_device_name(self.torch_device)})"
+            kind = "cuda" if torch.version.hip is None else "rocm"
+            return f"{kind} ({torch.cuda.get_device_name(self.torch_device)})"
         return self.torch_device.type
 
     async def run(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
@@ -67,13 +77,3 @@ def memory_errors() -> Iterator[None]:
 def _is_out_of_memory(error: Exception) -> bool:
     """torch has a class for it on accelerators, and on the processor only this sentence."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -85,6 +85,11 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, device: torch.d
         ) from error
     model.eval()
     replace_parameters(model, Ghosts(device or torch.device("cpu")))
+    if device is not None and device.type != "cpu":
+        for module in model.modules():  # tables of positions and the like, which no block brings
+            module._buffers.update(
+                {key: None if kept is None else kept.to(device) for key, kept in module._buffers.items()}
+            )
     return model
 
 

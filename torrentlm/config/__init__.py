@@ -1,7 +1,7 @@
 """What the operator wrote: model.toml, ``TORRENTLM_*`` and command-line options, merged into one ``Settings``."""
 
 from torrentlm.config.kinds import parse_size
-from torrentlm.config.merging import NODE_KEYS, load, merge, read_file, variable_of
+from torrentlm.config.merging import NODE_KEYS, load, load_node, merge, read_file, variable_of
 from torrentlm.config.settings import (
     DTYPES,
     PRECISIONS,
@@ -26,6 +26,7 @@ __all__ = [
     "Settings",
     "default_data",
     "load",
+    "load_node",
     "merge",
     "parse_size",
     "read_file",

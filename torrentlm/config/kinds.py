@@ -135,6 +135,18 @@ def _blocks(value: object, base: Path) -> Blocks:
     return Span(int(match[1]), int(match[2] or match[1]))
 
 
+def _devices(value: object, base: Path) -> tuple[str, ...] | None:
+    words = _words(value) if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
+        raise ValueError
+    names = tuple(dict.fromkeys(word.strip().lower() for word in words))
+    if names == ("auto",):
+        return None
+    if not all(re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name) for name in names):
+        raise ValueError
+    return tuple(f"{name}:0" if name == "cuda" else name for name in names)
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
@@ -163,6 +175,7 @@ ENDPOINTS = Kind('a list of "HOST:PORT"', _endpoints, _words)
 BOOTSTRAP = Kind('a list of "HOST:PORT", "public" or "none"', _bootstrap, _bootstrap_words, ("public", "none"))
 HASHES = Kind("a list of SHA-256 hashes, 64 hexadecimal digits each", _hashes, _words)
 BLOCKS = Kind('"auto", "none" or a range such as "0-10"', _blocks, str, ("auto", "none"))
+DEVICES = Kind('"auto", or a list of devices such as "cpu" and "cuda:0"', _devices, str, ("auto", "cpu", "cuda", "mps"))
 PRECISION = Kind("one of " + ", ".join(map(repr, PRECISIONS)), _choice(PRECISIONS), str, PRECISIONS)
 FLAG = Kind("true or false", _flag, _flag_word)
 SEED = Kind("a whole number from 0 up", _number(0, 2**63 - 1), _integer)

@@ -19,6 +19,7 @@ from torrentlm.config.kinds import (
     BOUND,
     BUDGET,
     COUNT,
+    DEVICES,
     DTYPE,
     ENDPOINTS,
     FLAG,
@@ -61,6 +62,7 @@ NODE_KEYS = {
     "peers": ENDPOINTS,
     "dht_bootstrap": BOOTSTRAP,
     "blocks": BLOCKS,
+    "devices": DEVICES,
     "ram": BUDGET,
     "vram": BUDGET,
     "disk": BUDGET,
@@ -98,6 +100,12 @@ def load(
         return merge({"magnet": target}, here, environment, overrides or {}, folder=here, file="the command line")
     path = Path(target)
     return merge(read_file(path), here / path.parent, environment, overrides or {}, folder=here, file=str(path))
+
+
+def load_node(overrides: Mapping[str, object], environment: Mapping[str, str] | None = None) -> NodeConfig:
+    """A node without a model, from options by field name and the environment."""
+    here = Path.cwd()
+    return _node({}, here, os.environ if environment is None else environment, overrides, "the command line", here)
 
 
 def read_file(path: Path) -> dict[str, object]:

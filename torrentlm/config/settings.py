@@ -69,7 +69,8 @@ class NodeConfig:
     """How this node runs: table [node]. Sizes in bytes; a budget of None is what the machine has free at the start.
 
     ``dht_bootstrap`` None: the public nodes; (): none, so that the DHT starts from known peers alone. ``port`` 0: any
-    free one. ``threads`` None: one per core. ``lease``: seconds after which an idle session's memory is freed.
+    free one. ``devices`` None: all accelerators, else the CPU; ``ram`` is the CPU's budget, ``vram`` that of each
+    accelerator. ``threads`` None: one per core. ``lease``: seconds after which an idle session's memory is freed.
     ``allow_code``: hashes of the code of its own that a model may run here.
     ``adapters``: bytes of adapters that sessions may bring along, 0 to apply none.
     ``recheck``: compare a block with a recorded sample before any is served.
@@ -81,6 +82,7 @@ class NodeConfig:
     peers: tuple[Endpoint, ...] = ()
     dht_bootstrap: tuple[Endpoint, ...] | None = None
     blocks: Blocks = "auto"
+    devices: tuple[str, ...] | None = None
     ram: int | None = None
     vram: int | None = None
     disk: int | None = None

@@ -1,14 +1,17 @@
 """How much memory a node may use, from its settings and the machine, and how much blocks take.
 
-The budget ``vram`` is for an accelerator's memory; blocks are computed on the processor, and it decides nothing here.
+``ram`` is the budget of the processor, ``vram`` that of each accelerator.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from torrentlm.compute.devices import DeviceInfo
 from torrentlm.compute.machine import available_memory
 from torrentlm.config import NodeConfig
+from torrentlm.errors import ConfigError
 from torrentlm.manifest.adapter import AdapterManifest
 from torrentlm.manifest.canonical import DTYPE_BYTES, FLOATING, TensorSpec
 from torrentlm.manifest.manifest import Manifest
@@ -17,6 +20,8 @@ WEIGHTS_SHARE = 0.75
 """Of the memory budget; the rest is for KV-caches."""
 MACHINE_SHARE = 0.6
 """Of the memory that is available at the start, where no budget is configured."""
+CARD_SHARE = 0.85
+"""The same of an accelerator's own memory: nobody else wants it, but products need room for what they make."""
 
 
 def budget(config: NodeConfig) -> int:
@@ -48,3 +53,26 @@ def _bytes_as(spec: TensorSpec, dtype: str) -> int:
 
 def kv_budget(config: NodeConfig) -> int:
     return budget(config) - weights_budget(config)
+
+
+def device_budgets(config: NodeConfig, devices: Sequence[DeviceInfo]) -> tuple[int, ...]:
+    """What a node takes of each device's memory, in bytes: ``ram`` of the processor's, ``vram`` of each accelerator's.
+
+    Devices that share the processor's memory share what is free of it, too. Raises ConfigError where a configured
+    budget is more than the device has.
+    """
+    sharing = sum(1 for device in devices if device.unified or not device.accelerates)
+    return tuple(_device_budget(config, device, sharing) for device in devices)
+
+
+def _device_budget(config: NodeConfig, device: DeviceInfo, sharing: int) -> int:
+    name, given = ("vram", config.vram) if device.accelerates else ("ram", config.ram)
+    if given is None:
+        own = device.accelerates and not device.unified
+        return int(device.memory_free * CARD_SHARE) if own else int(device.memory_free * MACHINE_SHARE) // sharing
+    if given > device.memory_total:
+        raise ConfigError(
+            f"{device.name} has {device.memory_total / 1e6:,.1f} MB of memory, less than the {given / 1e6:,.1f} MB of"
+            f" --{name}; lower --{name}, or leave it out for what is free."
+        )
+    return given

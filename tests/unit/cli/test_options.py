@@ -46,7 +46,20 @@ def test_options_reach_the_settings():
     node = parse(
         node_options,
         *("--data", "/d", "--port", "0", "--peer", "a:1", "--peer", "b:2", "--dht-bootstrap", "none"),
-        *("--blocks", "0-10", "--ram", "1GB", "--vram", "auto", "--disk", "2GiB", "--precision", "BF16"),
+        *(
+            "--blocks",
+            "0-10",
+            "--devices",
+            "cuda,cpu",
+            "--ram",
+            "1GB",
+            "--vram",
+            "auto",
+            "--disk",
+            "2GiB",
+            "--precision",
+            "BF16",
+        ),
         *("--threads", "2", "--lease", "5", "--host", "127.0.0.1", "--allow-code", "AB" * 32),
     ).node
     assert node == NodeConfig(
@@ -56,6 +69,7 @@ def test_options_reach_the_settings():
         peers=(Endpoint("a", 1), Endpoint("b", 2)),
         dht_bootstrap=(),
         blocks=Span(0, 10),
+        devices=("cuda:0", "cpu"),
         ram=10**9,
         disk=2 << 30,
         precision="BF16",

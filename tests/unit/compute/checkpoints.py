@@ -97,7 +97,13 @@ class Blocks:
         return self.sides[0]
 
     def runner(
-        self, first: int, last: int, dtype: torch.dtype = torch.float32, side: int = 0, **ends: bool
+        self,
+        first: int,
+        last: int,
+        dtype: torch.dtype = torch.float32,
+        side: int = 0,
+        device: str = "cpu",
+        **ends: bool,
     ) -> SpanRunner:
         """Stem and head come with the first and the last layer unless ``has_stem`` or ``has_head`` says otherwise."""
         split = self.sides[side]
@@ -115,6 +121,7 @@ class Blocks:
             has_head=head,
             weights=self.files([self.planned.blocks[number] for number in numbers]),
             dtype=dtype,
+            device=device,
         )
 
     def files(self, blocks: Sequence[PlannedBlock]) -> list[tuple[Path, tuple[tuple[str, str], ...]]]:
