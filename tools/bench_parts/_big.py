@@ -24,7 +24,7 @@ def make_checkpoint(folder: Path, size: int) -> int:
     specs += [_spec("model.norm.weight", HIDDEN), outer[1]]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(_config(layers)))
-    (folder / "tokenizer.json").write_text("{}")
+
     shards = list(_shards(specs))
     values = _Values({spec.name: spec.nbytes for spec in specs})
     weight_map = {}

@@ -65,7 +65,7 @@ def run(runs: int, gigabytes: float = 2.0, folder: str = "") -> dict[str, Any]:
         source = Path(place, "checkpoint")
         size = make_checkpoint(source, int(gigabytes * 1e9))
         recipe = Path(place, "model.toml")
-        recipe.write_text(f'[model]\nname = "Big"\n\n[model.source]\nfolder = "{source}"\n')
+        recipe.write_text(f'[model]\nname = "Big"\ntokenizer = false\n\n[model.source]\nfolder = "{source}"\n')
         files = sorted(source.glob("*.safetensors"))
         ours: list[Run] = []
         reference: list[float] = []

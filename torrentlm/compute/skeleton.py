@@ -9,7 +9,7 @@ import copy
 import math
 import mmap
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,28 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto import modeling_auto
 
 from torrentlm.compute.custom_code import own_class, own_config, read_settings, stored
 from torrentlm.errors import ArtifactError, UnsupportedModelError
 
+MAX_LAYERS = 4096
+_LAYER_COUNTS = frozenset(
+    ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
+)
+_TOKENS = (
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_MAPPING_NAMES,
+)
+_OTHER_TASKS = (
+    modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
+)
 _building = threading.Lock()
 """Building a model changes torch's default dtype and listens to every module's parameters: one model at a time."""
 
@@ -46,6 +64,7 @@ def read_config(folder: Path, allow_code: Collection[str] = ()) -> PretrainedCon
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder} has no config.json; point to the folder of a Hugging Face model.")
     settings = read_settings(folder)
+    _require_bearable(settings)
     code = stored(folder, settings)
     try:
         if code is not None:
@@ -58,8 +77,19 @@ def read_config(folder: Path, allow_code: Collection[str] = ()) -> PretrainedCon
         raise ArtifactError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from error
     except Exception as error:  # a config's own code looks at all that it says
         raise UnsupportedModelError(
-            f"transformers cannot read {folder / 'config.json'}: {first_line(error)}"
+            f"transformers cannot make anything of the model's config.json: {first_line(error)}"
         ) from error
+
+
+def _require_bearable(settings: Mapping[str, Any]) -> None:
+    """A config may come from a stranger, and every layer is built, if only on paper."""
+    texts = (settings, *(value for value in settings.values() if isinstance(value, dict)))
+    for text in texts:
+        for name in _LAYER_COUNTS & text.keys():
+            if isinstance(text[name], int) and text[name] > MAX_LAYERS:
+                raise UnsupportedModelError(
+                    f"config.json says {name} = {text[name]:,}; no more than {MAX_LAYERS:,} layers are supported"
+                )
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
@@ -102,11 +132,27 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
+def _require_language_model(name: str) -> None:
+    """Heads for other tasks give neither tokens nor hidden states. Raises UnsupportedModelError."""
+    if any(name in _flat(mapping.values()) for mapping in _TOKENS):
+        return
+    if any(name in _flat(mapping.values()) for mapping in _OTHER_TASKS):
+        raise UnsupportedModelError(
+            f"{name} has a head for another task, which cannot be served: let config.json name its base model (or its"
+            " language model) in architectures, and publish that"
+        )
+
+
+def _flat(names: Iterable[str | tuple[str, ...]]) -> set[str]:
+    return {name for entry in names for name in ((entry,) if isinstance(entry, str) else entry)}
+
+
 def _model_classes(config: PretrainedConfig) -> Iterator[Any]:
     """The classes that fit a config, the best first."""
     if (own := own_class(config)) is not None:
         yield own
     for name in config.architectures or ():
+        _require_language_model(name)
         named = getattr(transformers, name, None) if name.isidentifier() else None
         if isinstance(named, type) and issubclass(named, PreTrainedModel):
             yield named
@@ -206,6 +252,10 @@ MODEL_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign error's message, or its class when it has none: enough for one clear sentence."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The first line of a foreign error's message, or its class when it has none: enough for one clear sentence.
+
+    One that ends in a colon says nothing without the line behind it.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 1 + (len(lines) > 1 and lines[0].endswith(":"))])
+    return said[:300] if said else type(error).__name__

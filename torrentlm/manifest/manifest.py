@@ -19,7 +19,7 @@ from torrentlm.manifest import canonical
 from torrentlm.manifest.canonical import DTYPE_BYTES, MAX_DIMENSIONS, Layout, TensorSpec
 from torrentlm.records import Span
 
-VERSION = 1
+VERSION = 2
 FILE_NAME = "manifest.msgpack"
 MAX_BYTES = 4 * 1024 * 1024
 MAX_BLOCKS = 16_384

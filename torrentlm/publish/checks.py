@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import transformers
 from transformers import CONFIG_MAPPING
 
-from torrentlm.compute.tokenizer import VOCABULARY
+from torrentlm.compute.skeleton import first_line
+from torrentlm.compute.tokenizer import VOCABULARY, load_tokenizer
 from torrentlm.errors import ArtifactError, UnsupportedModelError
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,21 @@ def require_tokenizer(files: Collection[str], where: Path) -> None:
             f"{where} has no tokenizer (tokenizer.json, tokenizer.model or vocab files); fetch it too, or say"
             " tokenizer = false in [model] (--no-tokenizer) if users are to send token ids"
         )
+
+
+def require_readable_tokenizer(files: Mapping[str, bytes], where: Path) -> None:
+    """Raise ArtifactError if the tokenizer among these files cannot be loaded: every user would hear of it."""
+    with TemporaryDirectory(prefix="torrentlm-") as folder:
+        for name, content in files.items():
+            if "/" not in name:
+                Path(folder, name).write_bytes(content)
+        try:
+            load_tokenizer(Path(folder))
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"the tokenizer of {where} cannot be read ({error.__cause__ and first_line(error.__cause__)}); fetch it"
+                " again, or say tokenizer = false in [model] (--no-tokenizer) if users are to send token ids"
+            ) from error
 
 
 def all_finite(chunk: memoryview, dtype: str) -> bool:

@@ -30,7 +30,7 @@ from torrentlm.manifest.canonical import TensorSpec
 from torrentlm.manifest.manifest import FILE_NAME, BlockEntry, BlockFile, FileEntry, Manifest, Side
 from torrentlm.manifest.torrent import Torrent, multi_file, safe_name
 from torrentlm.publish.checkpoint import Checkpoint
-from torrentlm.publish.checks import Finiteness, require_known, require_tokenizer
+from torrentlm.publish.checks import Finiteness, require_known, require_readable_tokenizer, require_tokenizer
 from torrentlm.publish.convert import TORCH_DTYPES, converted
 from torrentlm.publish.made import WithMade, made_by_model
 from torrentlm.publish.payload import to_json
@@ -94,6 +94,7 @@ def _publish(
     require_known(payload["config.json"], location.path)
     if recipe.tokenizer and not location.is_config:
         require_tokenizer(payload.keys(), location.path)
+        require_readable_tokenizer(payload, location.path)
     model = _understand(payload, recipe, stage.folder, allow_code)
     payload["config.json"] = to_json(model.settings)
     origins = _find_origins(source, model)

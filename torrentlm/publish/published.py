@@ -17,7 +17,7 @@ from torrentlm.manifest.torrent import Torrent, multi_file, pieces_root
 from torrentlm.publish.source import Location, locate, unreadable
 from torrentlm.swarm.store import Store
 
-FORMAT = 4
+FORMAT = 5
 """Raised whenever the same source would be published as other bytes: records of earlier versions are then ignored."""
 
 

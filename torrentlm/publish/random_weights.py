@@ -29,12 +29,19 @@ FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class RandomWeights:
-    """The model that ``config``, a config.json, describes, in ``dtype`` (a safetensors name)."""
+    """The model that ``config``, a config.json, describes, in ``dtype`` (a safetensors name) or the config's own."""
 
     def __init__(self, config: Path, seed: int, dtype: str | None) -> None:
         self._config = config
         self._seed = seed
-        self._dtype = dtype or "F32"
+        self._given = dtype
+
+    @cached_property
+    def _dtype(self) -> str:
+        """What was asked for, else what the config says."""
+        said = getattr(read_config(self._config.parent), "dtype", None)
+        names = {kind: name for name, kind in FLOATS.items()}
+        return self._given or (names.get(said, "F32") if isinstance(said, torch.dtype) else "F32")
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:

@@ -149,3 +149,33 @@ def test_unknown_architecture(model_type: object, says: str, folder: Path, store
     said = refusal(Recipe("m", folder), store, UnsupportedModelError)
     assert says in said
     assert str(folder) in said
+
+
+def test_a_tokenizer_that_nobody_can_read(folder: Path, store: Store) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    sentence = refusal(Recipe("Tiny", folder), store, ArtifactError)
+    assert f"the tokenizer of {folder} cannot be read" in sentence and "--no-tokenizer" in sentence
+    assert publish(Recipe("Tiny", folder, tokenizer=False), store).model.name == "Tiny"
+
+
+@pytest.mark.parametrize("head", ["LlamaForSequenceClassification", "LlamaForTokenClassification"])
+def test_a_head_for_another_task(head: str, folder: Path, store: Store) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"architectures": [head]}))
+    sentence = refusal(Recipe("Tiny", folder), store, UnsupportedModelError)
+    assert f"{head} has a head for another task" in sentence and "architectures" in sentence
+
+
+def test_more_layers_than_can_be_meant(folder: Path, store: Store) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 10**7}))
+    sentence = refusal(Recipe("Tiny", folder), store, UnsupportedModelError)
+    assert "num_hidden_layers = 10,000,000" in sentence
+
+
+def test_a_wrong_value_is_named(folder: Path, store: Store) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"hidden_size": "x"}))
+    sentence = refusal(Recipe("Tiny", folder), store, UnsupportedModelError)
+    assert "config.json" in sentence and "hidden_size" in sentence and "publishing" not in sentence
+    assert not sentence.rstrip().endswith(":")
