@@ -27,6 +27,10 @@ class StorageError(TorrentLMError):
     """The data folder cannot be used: disk full, not writable, wrong version."""
 
 
+class DiskFullError(StorageError):
+    """There is no room on the disk; what was underway can go on once there is."""
+
+
 class FolderInUseError(StorageError):
     """Another node has the data folder."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,3 +104,38 @@ async def test_two_models_that_do_not_fit_together(tmp_path: Path) -> None:
                 assert list(result.tokens) == expected
                 assert memory.used <= memory.budget < 2 * size
                 assert holder.memberships[models[number].model.v2].peers.record.resident == (blocks,)
+
+
+@in_trio(240)
+async def test_a_damaged_file_that_is_loaded_is_mended_between_sessions(tmp_path: Path) -> None:
+    base = checkpoint.make(tmp_path / "base", 2)
+    with Store(tmp_path / "publisher") as store:
+        model = publish(Recipe("base", base), store)
+    async with open_node(config(tmp_path / "publisher")) as publisher:
+        await publisher.join(model.magnet, timeout=30)
+        async with open_node(config(tmp_path / "holder", publisher.endpoint, blocks=Span(0, 3))) as holder:
+            await hold(holder, model)
+            [membership] = holder.memberships.values()
+            file = model.manifest.block_files(1)[0]
+            path, good = (
+                holder.parts.store.path(file.name),
+                (tmp_path / "publisher" / "blocks" / file.name).read_bytes(),
+            )
+            before = path.stat()
+            with path.open("r+b") as altered:
+                altered.seek(file.size // 2)
+                altered.write(bytes(64))
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            settings = Settings(None, str(model.magnet), config(tmp_path / "client", holder.endpoint))
+            async with open_client(settings) as client:
+                await client.model.generate(PROMPT, Options(max_new_tokens=2))
+                holder.check_disk()
+                while any(1 in span for span in membership.peers.record.held):
+                    await trio.sleep(0.02)
+            while membership.peers.record.held != (Span(0, 3),) or membership.peers.record.resident:
+                await trio.sleep(0.02)
+            assert membership.peers.record.offered == (Span(0, 3),)
+            assert path.read_bytes() == good
+            async with open_client(settings) as client:
+                result = await client.model.generate(PROMPT, Options(max_new_tokens=16))
+            assert list(result.tokens) == await trio.to_thread.run_sync(checkpoint.greedy, base, PROMPT, 16)

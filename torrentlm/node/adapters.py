@@ -93,6 +93,7 @@ class NodeAdapters:
         entry.transfer = swarm.add_torrent(torrent.to_bytes(), store.model_folder(torrent.v2), verified=True)
         entry.folder, entry.manifest = published.folder, published.manifest
         self._entries[entry.id] = entry
+        self._parts.shelf.space.pin(entry.names, entry.id)
         transfers = [entry.transfer]
         transfers += [swarm.add_torrent(each.to_bytes(), store.blocks, verified=True) for each in published.torrents]
         for transfer in transfers:
@@ -184,6 +185,7 @@ class NodeAdapters:
                 raise ArtifactError("this magnet is not one of a torrentlm adapter") from error
             entry.manifest = AdapterManifest.from_bytes(content)
             entry.size = sum(path.stat().st_size for path in entry.folder.rglob("*") if path.is_file())
+            self._parts.shelf.space.pin(entry.names, entry.id)  # some may be block files of this node's
         if entry.manifest.base.v2 != membership.id:
             raise ArtifactError(
                 f"the adapter {entry.manifest.name} was made for another model, not for {membership.manifest.name}"
@@ -211,7 +213,7 @@ class NodeAdapters:
         in_memory = weights_bytes(manifest, computing_dtype(membership.manifest, config))
         sizes = {file.name: max(file.size, in_memory[file.name]) for file in missing}
         self._make_room(sum(sizes.values()))
-        self._parts.store.require_space({file.name: file.size for file in missing}, config.disk)
+        self._parts.shelf.space.require_free(sum(file.size for file in missing))
         for file, torrent in zip(missing, torrents, strict=True):
             self._refuse_others((file.v1, file.v2))
             transfer = self._parts.swarm.add_torrent(torrent, self._folder / "blocks")
@@ -252,6 +254,7 @@ class NodeAdapters:
         if entry.own:
             return
         self._entries.pop(entry.id, None)
+        self._parts.shelf.space.unpin(entry.names, entry.id)
         others = frozenset[str]().union(*(other.names for other in self._entries.values() if not other.own))
         for name in entry.names - others:
             if name in self._blocks:

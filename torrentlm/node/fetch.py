@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from torrentlm.errors import ArtifactError
+from torrentlm.errors import DiskFullError
 from torrentlm.manifest.manifest import FileEntry, Manifest
 from torrentlm.node.parts import Parts, Say
 from torrentlm.node.peers import ModelPeers
 from torrentlm.records import Span, spans_of
-from torrentlm.swarm.transfer import Transfer
 
 FEED_EVERY_S = 1.0
 DHT_LOOKUP_EVERY_S = 30.0
@@ -32,17 +31,17 @@ class Loading:
 
 
 class BlockFiles:
-    """The block files of one model on this node: on disk, or on their way. Announces and seeds what is complete."""
+    """The block files of one model on this node: on disk, or on their way. The shelf seeds what is complete."""
 
     def __init__(self, parts: Parts, peers: ModelPeers, manifest: Manifest, folder: Path) -> None:
         self._parts = parts
         self._peers = peers
         self._manifest = manifest
         self._folder = folder
-        self._transfers: dict[str, Transfer] = {}
-        self._checked: set[str] = set()
+        self._shelf = parts.shelf
         self.changed = trio.Event()
-        """Replaced by another one whenever it is set: more blocks are ready."""
+        """Replaced by another one whenever it is set: other blocks are ready than before."""
+        self._shelf.watch(self._publish)
 
     def held(self) -> list[int]:
         """Blocks whose every file is complete on disk."""
@@ -52,70 +51,76 @@ class BlockFiles:
 
     @property
     def ready(self) -> frozenset[int]:
-        """Blocks whose every file is complete and has matched its hash since this node started."""
-        blocks = range(len(self._manifest.blocks))
-        return frozenset(
-            block for block in blocks if all(file.name in self._checked for file in self._manifest.block_files(block))
-        )
+        """``held``, for those that ask whether a block is among them."""
+        return frozenset(self.held())
 
-    def _is_ready(self, file: FileEntry) -> None:
-        self._checked.add(file.name)
-        self.changed.set()
-        self.changed = trio.Event()
+    def entry(self, name: str) -> FileEntry | None:
+        """The model's file of this name, if it has one."""
+        return next((file for file in self._manifest.files if file.name == name), None)
 
     def paths(self, span: Span) -> dict[str, Path]:
-        """Where the files of ``span`` lie, by name."""
-        files = self._manifest.span_files(span.first, span.last)
-        return {file.name: self._parts.store.path(file.name) for file in files}
+        """Where the files of ``span`` lie, by name. They stay there until ``release``: who asks will map them."""
+        self.keep(span)
+        return {name: self._parts.store.path(name) for name in self._names(span)}
+
+    def keep(self, span: Span) -> None:
+        """Evict nothing of ``span``, here or still to come, until ``release``. It counts as used now."""
+        for block in span:
+            self._shelf.space.pin(self._names(Span(block, block)), (self._peers.record.model, block))
+        self._shelf.space.used(self._names(span))
+
+    def release(self, span: Span) -> None:
+        """Nothing maps or wants these blocks any more: their files may go when others come, if nobody else needs them.
+
+        They count as used until now.
+        """
+        for block in span:
+            self._shelf.space.unpin(self._names(Span(block, block)), (self._peers.record.model, block))
+        self._shelf.space.used(self._names(span))
+
+    def _names(self, span: Span) -> list[str]:
+        return [file.name for file in self._manifest.span_files(span.first, span.last)]
 
     def seed_what_is_here(self) -> None:
         """Start the torrents of every complete file, fetched by an earlier session or published just now."""
-        for file in self._manifest.files:
-            if self._parts.store.holds(file.name):
-                self._start(file, verified=True)
-                self._announce(file)
-        self._peers.publish(held=self._spans())
+        self._shelf.seed(self._manifest.files, self._folder)
+        self._publish()
 
     async def fetch(self, files: Sequence[FileEntry]) -> None:
-        """Return when all ``files`` are complete and verified on disk; they are seeded from then on.
+        """Return when all ``files`` are complete on disk; they are seeded from then on.
 
-        Raises StorageError if the disk or its budget cannot take them, ArtifactError if what a torrent says is not what
-        the manifest says. Waits as long as it takes for somebody to have them, and says so.
+        Others are evicted for them. Raises StorageError if that is not enough, ArtifactError if what a torrent says is
+        not what the manifest says. Waits as long as it takes for somebody to have them, or for a full disk to have
+        room, and says so.
         """
         store = self._parts.store
-        await self._verify(files)
-        store.require_space({file.name: file.size for file in files}, self._parts.config.disk)
-        missing = [file for file in files if not store.holds(file.name)]
-        if not missing:
-            return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._report, files)
-            nursery.start_soon(self._feed, missing)
-            nursery.start_soon(say_waiting, self._parts.say, partial(self._why_nothing_comes, missing))
-            async with trio.open_nursery() as fetching:
-                for file in missing:
-                    fetching.start_soon(self._fetch_file, file)
-            nursery.cancel_scope.cancel()
+        async with self._shelf.room_for({file.name: file.size for file in files}):
+            missing = [file for file in files if not store.holds(file.name)]
+            if not missing:
+                return
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._report, files)
+                nursery.start_soon(self._feed, missing)
+                nursery.start_soon(say_waiting, self._parts.say, partial(self._why_nothing_comes, missing))
+                async with trio.open_nursery() as fetching:
+                    for file in missing:
+                        fetching.start_soon(self._fetch_file, file)
+                nursery.cancel_scope.cancel()
 
-    async def _verify(self, files: Sequence[FileEntry]) -> None:
-        """Hash what is on disk once a start: a bad disk alters a file without touching its size or time."""
+    async def hash(self, blocks: Collection[int]) -> list[FileEntry]:
+        """Hash what is on disk of these blocks now; the files that are damaged, which are withdrawn."""
         store = self._parts.store
-        held = [file for file in files if file.name not in self._checked and store.holds(file.name)]
-        total = sum(file.size for file in held)
-        done = 0
-        for file in held:
-            self._say_progress("checking", done, total, 0)
-            if await trio.to_thread.run_sync(store.matches, file.name):
-                self._is_ready(file)
-            else:
-                store.mark_unverified(file.name)
-            done += file.size
-        self._peers.publish(held=self._spans())
+        damaged = []
+        for file in {file.name: file for block in blocks for file in self._manifest.block_files(block)}.values():
+            if store.holds(file.name) and not await trio.to_thread.run_sync(store.matches, file.name):
+                self._shelf.damaged(file.name)
+                damaged.append(file)
+        return damaged
 
     def _why_nothing_comes(self, files: Sequence[FileEntry]) -> str | None:
         """None while something comes, or while a peer says that it has something that is missing."""
         missing = {file.name for file in files if not self._parts.store.holds(file.name)}
-        if any(self._transfers[name].progress.download_rate for name in missing if name in self._transfers):
+        if any(self._shelf.transfers[name].progress.download_rate for name in missing if name in self._shelf.transfers):
             return None
         numbers = range(len(self._manifest.blocks))
         blocks = [number for number in numbers if missing & {file.name for file in self._manifest.block_files(number)}]
@@ -129,34 +134,26 @@ class BlockFiles:
         )
 
     async def _fetch_file(self, file: FileEntry) -> None:
-        self._parts.store.cut(file.name, file.size)
-        if (running := self._transfers.get(file.name)) is not None:
-            await running.recheck()  # it seeds what was thought complete
-        transfer = running or self._start(file, verified=False)
-        await transfer.wait_complete(stall_timeout=float("inf"))
-        self._parts.store.mark_verified(file.name)
-        self._is_ready(file)
-        self._announce(file)
-        self._peers.publish(held=self._spans())
+        store, shelf = self._parts.store, self._shelf
+        async with shelf.alone(file.name):
+            if store.holds(file.name):
+                return
+            store.cut(file.name, file.size)
+            if (running := shelf.transfers.get(file.name)) is not None:
+                await running.recheck()  # it seeds what was thought complete
+            transfer = running or shelf.start(file, self._folder, verified=False)
+            while not store.holds(file.name):
+                try:
+                    await transfer.wait_complete(stall_timeout=float("inf"))
+                    shelf.completed(file.name)
+                except DiskFullError:
+                    await shelf.wait_for_room(file.name, file.size)
+                    transfer.resume()
 
-    def _spans(self) -> tuple[Span, ...]:
-        return spans_of(self.held())
-
-    def _start(self, file: FileEntry, *, verified: bool) -> Transfer:
-        path = self._folder / "blocks" / f"{file.name}.torrent"
-        try:
-            torrent = path.read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"{path} is missing: delete {self._folder} and join again") from error
-        transfer = self._parts.swarm.add_torrent(torrent, self._parts.store.blocks, verified=verified)
-        if (transfer.v1, transfer.v2) != (file.v1, file.v2):
-            raise ArtifactError(f"{path} is not the torrent that the manifest names: this magnet was published wrongly")
-        self._transfers[file.name] = transfer
-        return transfer
-
-    def _announce(self, file: FileEntry) -> None:
-        for info_hash in self._transfers[file.name].info_hashes:
-            self._parts.swarm.dht.announce(info_hash, self._parts.gateway.endpoint.port)
+    def _publish(self) -> None:
+        self._peers.publish(held=spans_of(self.held()))
+        self.changed.set()
+        self.changed = trio.Event()
 
     async def _feed(self, files: Sequence[FileEntry]) -> None:
         """Keep telling libtorrent who has what; it ignores those that it is connected to."""
@@ -170,7 +167,7 @@ class BlockFiles:
             while True:
                 candidates = self._peers.snapshot().candidates
                 for file in files:
-                    transfer = self._transfers.get(file.name)
+                    transfer = self._shelf.transfers.get(file.name)
                     if transfer is None or transfer.complete:
                         continue
                     for candidate in candidates:
@@ -183,7 +180,7 @@ class BlockFiles:
         while True:
             await trio.sleep(DHT_LOOKUP_EVERY_S / 3)
             for file in files:
-                transfer = self._transfers.get(file.name)
+                transfer = self._shelf.transfers.get(file.name)
                 if transfer is None or transfer.complete or transfer.progress.download_rate > 0:
                     continue
                 for endpoint in await self._parts.swarm.dht.find_peers(transfer.info_hashes):
@@ -202,7 +199,7 @@ class BlockFiles:
     def loading(self, files: Sequence[FileEntry]) -> Loading:
         done = rate = 0
         for file in files:
-            transfer = self._transfers.get(file.name)
+            transfer = self._shelf.transfers.get(file.name)
             if self._parts.store.holds(file.name):
                 done += file.size
             elif transfer is not None:

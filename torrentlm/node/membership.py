@@ -69,6 +69,10 @@ class Membership:
         candidates = sorted(self.snapshot().candidates, key=lambda peer: (not peer.resident, not peer.has_blocks))
         return [peer.node for peer in candidates]
 
+    def uses(self, name: str) -> bool:
+        """Whether a block file of this name is one of the model's, as far as the manifest is here."""
+        return hasattr(self, "files") and self.files.entry(name) is not None
+
     def blame(self, node: NodeKey) -> None:
         """A holder failed: routes avoid it for a while."""
         self.peers.registry.failed(node, trio.current_time())
@@ -182,13 +186,14 @@ class Membership:
             )
 
     def _choose_span(self) -> Span:
-        store, config = self._parts.store, self._parts.config
+        space, config = self._parts.shelf.space, self._parts.config
         dtype = computing_dtype(self.manifest, config)
         files = [self.manifest.block_files(block) for block in range(len(self.manifest.blocks))]
         in_memory = weights_bytes(self.manifest, dtype)
         sizes = [{file.name: in_memory[file.name] for file in block} for block in files]
-        missing = [{file.name: store.missing({file.name: file.size}) for file in block} for block in files]
-        budget, room = weights_budget(config), store.room(config.disk)
+        missing = [{file.name: space.missing({file.name: file.size}) for file in block} for block in files]
+        # What is here of this model is part of the choice; what is here of others may go for it.
+        budget, room = weights_budget(config), space.room(besides={file.name for file in self.manifest.files})
         span = choose_span(sizes, copies(self.snapshot(), len(sizes)), budget, missing=missing, room=room)
         if span is not None:
             return span
@@ -210,6 +215,7 @@ class Membership:
                 await trio.sleep(FEED_EVERY_S)
 
     async def fetch(self, span: Span) -> None:
-        """Get what is missing of ``span``. Raises StorageError, ArtifactError."""
+        """Get what is missing of ``span``, which stays from now on. Raises StorageError, ArtifactError."""
         self.peers.publish(claimed=(span,))
+        self.files.keep(span)
         await self.files.fetch(self.manifest.span_files(span.first, span.last))

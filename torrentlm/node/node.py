@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,19 +20,23 @@ import trio
 from torrentlm.compute.custom_code import require_allowed
 from torrentlm.compute.threads import first_import
 from torrentlm.config import NodeConfig
-from torrentlm.errors import NetworkError, RemoteProtocolError
+from torrentlm.errors import ArtifactError, NetworkError, RemoteProtocolError, UnsupportedModelError
 from torrentlm.gateway.gateway import Gateway
 from torrentlm.gateway.pipe import Pipe
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.adapters import NodeAdapters
 from torrentlm.node.membership import Membership
 from torrentlm.node.parts import Parts, Say
+from torrentlm.node.scrub import check_slowly
 from torrentlm.node.services import open_services
+from torrentlm.node.shelf import Shelf
+from torrentlm.publish.published import published_files, stored_models
 from torrentlm.records import Endpoint, InfoHash, NodeKey, SessionId, Span
 from torrentlm.structured import single_error
 from torrentlm.swarm.addresses import is_address
 from torrentlm.swarm.session import Swarm
 from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP
+from torrentlm.swarm.space import Space
 from torrentlm.swarm.store import Store
 from torrentlm.wire.frames import ByeCode
 from torrentlm.wire.messages import (
@@ -50,7 +54,9 @@ from torrentlm.wire.messages import (
 )
 
 if TYPE_CHECKING:
-    from torrentlm.node.computing import Computing
+    from torrentlm.node.computing import Computing, Served
+
+SESSIONS_EVERY_S = 1.0
 
 
 class Node:
@@ -99,10 +105,65 @@ class Node:
             if blocks := [block for block in waiting if block in membership.files.ready]:
                 if len(blocks) == len(waiting):  # until then it is fetching that takes the time
                     self.parts.say({"event": "progress", "what": "loading", "done": 0, "total": 1, "rate": 0})
-                await computing.add(served, blocks)
+                await self._add(computing, served, blocks)
             else:
                 await changed.wait()
         await computing.settle(served)
+
+    async def _add(self, computing: Computing, served: Served, blocks: list[int]) -> None:
+        """Files were believed by their stamps: where loading or the check fails, it may be the disk's fault."""
+        try:
+            await computing.add(served, blocks)
+        except (ArtifactError, UnsupportedModelError):
+            files = served.membership.files
+            damaged = await files.hash(blocks)
+            if not damaged:
+                raise
+            computing.holder.memory.relieve()
+            await files.fetch(damaged)
+            await computing.add(served, blocks)
+
+    async def pin_published(self) -> None:
+        """Never evict what was published here: it may be nowhere else."""
+        store = self.parts.store
+        self.parts.shelf.space.pin(await trio.to_thread.run_sync(published_files, store), "published")
+
+    async def seed_all(self) -> None:
+        """Seed whatever block files are on the disk, of whatever model."""
+        store = self.parts.store
+        for manifest, folder in await trio.to_thread.run_sync(lambda: list(stored_models(store))):
+            with suppress(ArtifactError):  # published wrongly: whoever joins that model hears of it
+                self.parts.shelf.seed(manifest.files, folder)
+
+    def check_disk(self) -> None:
+        """Keep hashing what is on the disk, slowly. To be called when what is to be held is loaded."""
+        self._nursery.start_soon(check_slowly, self.parts.store, self._mend)
+
+    async def _mend(self, name: str) -> None:
+        """A damaged file: nobody gets anything of it any more, and it is fetched again, after the sessions that use it.
+
+        One that no model of this node has is removed, unless it was published here: publishing again mends that.
+        """
+        shelf = self.parts.shelf
+        shelf.damaged(name)
+        users = [membership for membership in self.memberships.values() if membership.uses(name)]
+        if users:
+            self._nursery.start_soon(self._fetch_again, name, users)
+        elif not shelf.space.pinned(name):
+            await shelf.evict([name])
+
+    async def _fetch_again(self, name: str, users: list[Membership]) -> None:
+        """What comes is written where the file is mapped, so nobody may compute with it; then it is loaded anew."""
+        await self._let_go(name)
+        if (file := users[0].files.entry(name)) is not None:
+            await users[0].files.fetch([file])
+        await self._let_go(name)
+
+    async def _let_go(self, name: str) -> None:
+        """Return when the file is not in memory, which takes the end of the sessions that use it."""
+        while self._computing is not None and name in {key for key, _ in self._computing.holder.memory.keys}:
+            if self.sessions or not self._computing.holder.memory.relieve():
+                await trio.sleep(SESSIONS_EVERY_S)
 
     async def _compute(self) -> Computing:
         """The computing part, started when first needed."""
@@ -243,7 +304,10 @@ async def open_node(
             await start(swarm.run)
             gateway.torrents = swarm
             async with trio.open_nursery() as nursery:
-                node = Node(Parts(identity.node, config, store, swarm, gateway, say), nursery)
+                space = Space(store, config.disk)
+                shelf = Shelf(store, space, swarm, gateway, lambda why: say({"event": "waiting", "why": why}))
+                node = Node(Parts(identity.node, config, store, swarm, gateway, shelf, say), nursery)
+                await node.pin_published()
                 nursery.start_soon(node.serve_pipes)
                 yield node
                 nursery.cancel_scope.cancel()

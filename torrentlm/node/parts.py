@@ -8,6 +8,7 @@ from typing import Any
 
 from torrentlm.config import NodeConfig
 from torrentlm.gateway.gateway import Gateway
+from torrentlm.node.shelf import Shelf
 from torrentlm.records import NodeKey
 from torrentlm.swarm.session import Swarm
 from torrentlm.swarm.store import Store
@@ -25,4 +26,5 @@ class Parts:
     store: Store
     swarm: Swarm
     gateway: Gateway
+    shelf: Shelf
     say: Say

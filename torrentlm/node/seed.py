@@ -33,6 +33,7 @@ async def seed(settings: Settings, say: Say) -> None:
         try:
             if settings.recipe is not None:
                 magnet = await _publish(node, settings.recipe, say)
+                await node.pin_published()
             else:
                 magnet = Magnet.parse(settings.magnet or "")
             say({"event": "starting", "name": magnet.name, "magnet": str(magnet), "port": node.endpoint.port})
@@ -40,10 +41,12 @@ async def seed(settings: Settings, say: Say) -> None:
             say({"event": "joined", "name": membership.manifest.name, "blocks_total": len(membership.manifest.blocks)})
             for adapter in settings.adapters:
                 await _publish_adapter(node, membership, adapter, say)
+            await node.seed_all()
             with single_error():
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(keep_status, node)
                     await node.hold(membership)
+                    node.check_disk()
                     say(_ready(node, membership))
                     await _watch(node, membership, say)
         finally:

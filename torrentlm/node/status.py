@@ -60,7 +60,7 @@ def _replace(path: Path, content: str) -> None:
 
 def status_of(node: Node) -> dict[str, Any]:
     """Budgets and what is used of them, in bytes; blocks by number; rates in bytes per second; ``at`` in Unix time."""
-    config, store = node.parts.config, node.parts.store
+    config = node.parts.config
     transfers = node.parts.swarm.transfers
     computing = node.computing
     weights = {"budget": weights_budget(config), "used": 0, "pinned": 0}
@@ -77,7 +77,7 @@ def status_of(node: Node) -> dict[str, Any]:
         "models": [_model(membership) for membership in node.memberships.values()],
         "devices": [{"name": name, "weights": weights, "kv": kv}] if name is not None else [],
         "sessions": node.sessions,
-        "disk": {"used": store.occupied(), "budget": config.disk},
+        "disk": {"used": node.parts.shelf.space.occupied(), "budget": config.disk},
         "rates": {
             "download": sum(transfer.progress.download_rate for transfer in transfers),
             "upload": sum(transfer.progress.upload_rate for transfer in transfers),

@@ -27,7 +27,8 @@ from torrentlm.manifest.manifest import BlockEntry, BlockFile, FileEntry, Manife
 from torrentlm.manifest.torrent import Hasher, Torrent, multi_file, piece_length, safe_name, single_file
 from torrentlm.publish.peft import Change, PeftFolder
 from torrentlm.records import AdapterId
-from torrentlm.swarm.store import Store, storage_error
+from torrentlm.swarm.files import storage_error
+from torrentlm.swarm.store import Store
 
 Names = tuple[tuple[str, str], ...]
 

@@ -23,7 +23,8 @@ from torrentlm.config import Recipe
 from torrentlm.publish.checkpoint import INDEX, SINGLE, Checkpoint
 from torrentlm.publish.published import Published, load, record_of, remember
 from torrentlm.publish.source import Location, locate
-from torrentlm.swarm.store import Store, storage_error
+from torrentlm.swarm.files import storage_error
+from torrentlm.swarm.store import Store
 
 log = logging.getLogger(__name__)
 

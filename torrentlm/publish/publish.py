@@ -41,7 +41,8 @@ from torrentlm.publish.random_weights import RandomWeights
 from torrentlm.publish.source import Location, Source
 from torrentlm.publish.staging import Staging, made_from, staging
 from torrentlm.publish.writer import Inspect, write_block
-from torrentlm.swarm.store import Store, disk_full
+from torrentlm.swarm.space import disk_full
+from torrentlm.swarm.store import Store
 
 
 def publish(

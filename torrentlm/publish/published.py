@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -113,6 +114,34 @@ def stored_manifest(magnet: Magnet, data: Path) -> Manifest | None:
         return Manifest.from_bytes(path.read_bytes())
     except (OSError, ArtifactError):
         return None
+
+
+def stored_models(store: Store) -> Iterator[tuple[Manifest, Path]]:
+    """Every model whose model torrent is in the store, intact, with the folder of its content. Blocks on the disk."""
+    for path in sorted(store.torrents.glob("*.torrent")):
+        if (found := _stored(path, store)) is not None:
+            yield found
+
+
+def published_files(store: Store) -> frozenset[str]:
+    """The names of the block files of all models that were published here, which may be nowhere else."""
+    names: set[str] = set()
+    for record in (store.data / "published").glob("*"):
+        with contextlib.suppress(OSError, ValueError):
+            v2 = bytes.fromhex(record.read_text())
+            found = _stored(store.torrents / f"{v2.hex()}.torrent", store)
+            names |= set() if found is None else {file.name for file in found[0].files}
+    return frozenset(names)
+
+
+def _stored(torrent: Path, store: Store) -> tuple[Manifest, Path] | None:
+    try:
+        v2 = bytes.fromhex(torrent.stem)
+        manifest = stored_manifest(Magnet(None, v2), store.data)
+        name = Torrent.from_bytes(torrent.read_bytes()).name
+    except (OSError, ValueError, ArtifactError):
+        return None
+    return None if manifest is None else (manifest, store.model_folder(v2) / name)
 
 
 def recall(record: Path, store: Store) -> Published | None:

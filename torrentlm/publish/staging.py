@@ -29,7 +29,8 @@ from torrentlm.errors import ArtifactError, StorageError
 from torrentlm.manifest.canonical import Layout
 from torrentlm.manifest.torrent import MAX_TORRENT, Torrent
 from torrentlm.publish.writer import PART
-from torrentlm.swarm.store import Store, storage_error
+from torrentlm.swarm.files import storage_error
+from torrentlm.swarm.store import Store
 
 FOLDER = "publishing"
 MAX_LINE = 1000  # bytes of a journal's line that are worth reading

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import libtorrent as lt
 import trio
 
-from torrentlm.errors import ArtifactError, NetworkError, StorageError, TorrentLMError
+from torrentlm.errors import ArtifactError, DiskFullError, NetworkError, StorageError, TorrentLMError
 
 Alert = Any
 Handler = Callable[[Alert], None]
@@ -132,7 +132,7 @@ def translate(error: Any, path: Path | str, what: str) -> TorrentLMError:
     category, value, said = error.category().name(), error.value(), error.message()
     if category in {"system", "generic"}:
         if value in {errno.ENOSPC, errno.EDQUOT}:
-            return StorageError(f"disk full: {path} could not be written; free some space or hold fewer blocks")
+            return DiskFullError(f"disk full: {path} could not be written; free some space or hold fewer blocks")
         if value == errno.EFBIG:
             return StorageError(f"{path} is larger than a file may be there; choose another disk or raise the limit")
         if value in {errno.EACCES, errno.EPERM, errno.EROFS}:

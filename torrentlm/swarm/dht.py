@@ -107,6 +107,10 @@ class Dht:
         self._announces[info_hash] = _Announce(port)
         self._wake.set()
 
+    def withdraw(self, info_hash: InfoHash) -> None:
+        """Announce it no longer; DHT nodes forget within 30 minutes what is not said again."""
+        self._announces.pop(info_hash, None)
+
     async def get_peers(self, info_hash: InfoHash, within: float = 10.0) -> tuple[Endpoint, ...]:
         """Endpoints announced under the 20-byte hash: all that is found, or what is found ``within`` seconds.
 

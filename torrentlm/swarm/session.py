@@ -121,7 +121,8 @@ class Swarm:
     def remove(self, transfer: Transfer) -> None:
         """Stop a torrent; its files stay."""
         self._forget(transfer)
-        self._session.remove_torrent(transfer.handle)
+        if self._session is not None:  # all of them end with it
+            self._session.remove_torrent(transfer.handle)
 
     def canonical(self, info_hash: bytes) -> InfoHash | None:
         """The hash by which libtorrent greets for this torrent (v1 if it has one); None if it is not ours."""

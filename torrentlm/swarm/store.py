@@ -4,6 +4,7 @@
     <data>/lock              held while a node uses the folder
     <data>/identity.key      the node's Ed25519 seed, hexadecimal, mode 0600
     <data>/verified.json     size and modification time of every block file that matched its hash
+    <data>/used.json         when each was last used (space.py)
     <data>/peers.json        endpoints that answered last time
     <data>/endpoint          where the node that has or last had the folder listens
     <data>/blocks/           <pieces root>.safetensors, one per file, shared by all models
@@ -22,21 +23,20 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 from torrentlm.errors import ArtifactError, FolderInUseError, StorageError
 from torrentlm.manifest.torrent import pieces_root
 from torrentlm.records import Endpoint
+from torrentlm.swarm.files import MAX_JSON, read_json, storage_errors, write_atomically
 from torrentlm.swarm.identity import SEED_BYTES, Identity
 
 FORMAT = "torrentlm store 1"
 MAX_PEERS = 200
-_MAX_JSON = 8 << 20
 _FILE_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 
@@ -49,12 +49,12 @@ class Store:
         self.blocks = data / "blocks"
         self.models = data / "models"
         self.torrents = data / "torrents"
-        with _storage_errors(data):
+        with storage_errors(data):
             for folder in (data, self.blocks, self.models, self.torrents):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(data)
         try:
-            with _storage_errors(data):
+            with storage_errors(data):
                 self._check_format()
                 self._verified = _read_verified(data)
         except StorageError:
@@ -77,10 +77,10 @@ class Store:
     def identity(self) -> Identity:
         """This folder's node identity, made on first use."""
         path = self.data / "identity.key"
-        with _storage_errors(path):
+        with storage_errors(path):
             if not path.exists():
                 identity = Identity.generate()
-                _write_atomically(path, identity.seed.hex() + "\n", mode=0o600)
+                write_atomically(path, identity.seed.hex() + "\n", mode=0o600)
                 return identity
             path.chmod(0o600)
             text = path.read_text(encoding="ascii", errors="replace").strip()
@@ -94,7 +94,7 @@ class Store:
 
     def load_peers(self) -> tuple[Endpoint, ...]:
         """Endpoints of the last session, best first; none if there are none or the file is damaged."""
-        entries = _read_json(self.data / "peers.json")
+        entries = read_json(self.data / "peers.json")
         if not isinstance(entries, list):
             return ()
         peers = []
@@ -106,24 +106,27 @@ class Store:
     def save_peers(self, peers: Iterable[Endpoint]) -> None:
         """Remember the first ``MAX_PEERS`` of ``peers`` for the next start."""
         path = self.data / "peers.json"
-        with _storage_errors(path):
-            _write_atomically(
-                path, json.dumps([str(peer) for peer in list(peers)[:MAX_PEERS]], indent=0), durable=False
-            )
+        with storage_errors(path):
+            write_atomically(path, json.dumps([str(peer) for peer in list(peers)[:MAX_PEERS]], indent=0), durable=False)
 
     def save_endpoint(self, endpoint: Endpoint) -> None:
         """Say where this node listens, for clients of the same machine."""
         path = self.data / "endpoint"
-        with _storage_errors(path):
-            _write_atomically(path, f"{endpoint}\n", durable=False)
+        with storage_errors(path):
+            write_atomically(path, f"{endpoint}\n", durable=False)
 
     # -- block files
 
     def path(self, name: str) -> Path:
         """Where the block file ``name`` lies or would lie; ArtifactError unless the name is a content address."""
-        if not _FILE_NAME.fullmatch(name):
+        if not self.is_name(name):
             raise ArtifactError(f"{name!r} is not the name of a block file; the manifest is damaged")
         return self.blocks / name
+
+    @staticmethod
+    def is_name(name: str) -> bool:
+        """Whether a block file may be called so: by a content address."""
+        return _FILE_NAME.fullmatch(name) is not None
 
     def holds(self, name: str) -> bool:
         """Whether the file is complete: it matched its hash and was not touched since (size, modification time)."""
@@ -141,7 +144,11 @@ class Store:
         if stamp is None:
             raise StorageError(f"{path} is missing although it was just complete; did something else remove it?")
         self._verified[name] = stamp
-        self._save_verified()
+        try:
+            self._save_verified()
+        except StorageError:
+            del self._verified[name]  # a record that no later start sees is none
+            raise
 
     def mark_unverified(self, name: str) -> None:
         """Forget the record: the file is checked before it is used again."""
@@ -160,46 +167,15 @@ class Store:
     def matches(self, name: str) -> bool:
         """Whether the file's content is what its name says. As slow as ``verify``, but changes nothing: any thread."""
         path = self.path(name)
-        with _storage_errors(path):
-            return path.is_file() and pieces_root(path).hex() == name.partition(".")[0]
+        with storage_errors(path):
+            return path.is_file() and pieces_root(path).hex() == root_of(name)
 
     def cut(self, name: str, size: int) -> None:
         """Cut off what lies behind the end of a file that shall have ``size`` bytes: no piece covers that."""
         path = self.path(name)
-        with _storage_errors(path):
+        with storage_errors(path):
             if path.is_file() and path.stat().st_size > size:
                 os.truncate(path, size)
-
-    def missing(self, files: Mapping[str, int]) -> int:
-        """Bytes of these block files (name: size) that are not on the disk yet."""
-        return sum(max(0, size - _allocated(self.path(name))) for name, size in files.items() if not self.holds(name))
-
-    def room(self, disk: int | None) -> int:
-        """Bytes that block files may still take: what is free, and no more than is left of the budget ``disk``."""
-        with _storage_errors(self.data):
-            free = shutil.disk_usage(self.data).free
-            return free if disk is None else min(free, disk - self.occupied())
-
-    def require_space(self, files: Mapping[str, int], disk: int | None = None) -> None:
-        """Raise StorageError unless what is missing of the block files (name: size in bytes) fits.
-
-        It must fit on the disk, and all block files of this folder together within the budget ``disk``.
-        """
-        missing = self.missing(files)
-        with _storage_errors(self.data):
-            free = shutil.disk_usage(self.data).free
-            occupied = self.occupied()
-        if missing > free:
-            raise disk_full(missing, free, self.data)
-        if disk is not None and 0 < missing > disk - occupied:
-            raise StorageError(
-                f"disk = {disk / 1e6:,.1f} MB is too small: {self.blocks} has {occupied / 1e6:,.1f} MB of block files, "
-                f"and the blocks to fetch need {missing / 1e6:,.1f} MB more; raise --disk or hold fewer blocks"
-            )
-
-    def occupied(self) -> int:
-        """Bytes of all block files, those fetched in part, too."""
-        return sum(_allocated(path) for path in self.blocks.iterdir())
 
     # -- models
 
@@ -209,27 +185,27 @@ class Store:
 
     def save_torrent(self, v2: bytes, torrent: bytes) -> None:
         path = self.torrents / f"{v2.hex()}.torrent"
-        with _storage_errors(path):
-            _write_atomically(path, torrent)
+        with storage_errors(path):
+            write_atomically(path, torrent)
 
     def load_torrent(self, v2: bytes) -> bytes | None:
         """The model's .torrent file if an earlier session kept it."""
         path = self.torrents / f"{v2.hex()}.torrent"
-        with _storage_errors(path):
+        with storage_errors(path):
             return path.read_bytes() if path.is_file() else None
 
     def save_sidecar(self, v2: bytes, sidecar: bytes, *, heard: bool = False) -> None:
         """Keep the sidecar of the model with this v2 info-hash: made here, or ``heard`` of a peer."""
         path = self._sidecar(v2, heard)
-        with _storage_errors(path):
+        with storage_errors(path):
             path.parent.mkdir(exist_ok=True)
-            _write_atomically(path, sidecar, durable=False)
+            write_atomically(path, sidecar, durable=False)
 
     def load_sidecar(self, v2: bytes, *, heard: bool = False) -> bytes | None:
         """What ``save_sidecar`` kept; None if there is none, or if something else lies there."""
         path = self._sidecar(v2, heard)
-        with _storage_errors(path):
-            return path.read_bytes() if path.is_file() and path.stat().st_size <= _MAX_JSON else None
+        with storage_errors(path):
+            return path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_JSON else None
 
     def _sidecar(self, v2: bytes, heard: bool) -> Path:
         return self.data / "sidecars" / f"{v2.hex()}{'.heard' if heard else ''}"
@@ -239,7 +215,7 @@ class Store:
     def _check_format(self) -> None:
         path = self.data / "format"
         if not path.exists():
-            _write_atomically(path, FORMAT + "\n")
+            write_atomically(path, FORMAT + "\n")
         elif (found := path.read_text(encoding="utf-8", errors="replace").strip()[:80]) != FORMAT:
             raise StorageError(
                 f"{self.data} was written by another version ({found!r}, not {FORMAT!r}); choose another folder"
@@ -247,8 +223,13 @@ class Store:
 
     def _save_verified(self) -> None:
         path = self.data / "verified.json"
-        with _storage_errors(path):
-            _write_atomically(path, json.dumps(self._verified, indent=0, sort_keys=True), durable=False)
+        with storage_errors(path):
+            write_atomically(path, json.dumps(self._verified, indent=0, sort_keys=True), durable=False)
+
+
+def root_of(name: str) -> str:
+    """The pieces root, in hexadecimal, that a block file's name says."""
+    return name.partition(".")[0]
 
 
 def read_endpoint(data: Path) -> Endpoint | None:
@@ -259,15 +240,8 @@ def read_endpoint(data: Path) -> Endpoint | None:
         return None
 
 
-def disk_full(needed: int, free: int, folder: Path) -> StorageError:
-    return StorageError(
-        f"disk full: block set needs {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free; "
-        "free some, choose another folder with --data, or hold fewer blocks"
-    )
-
-
 def _read_verified(data: Path) -> dict[str, tuple[int, int]]:
-    entries = _read_json(data / "verified.json")
+    entries = read_json(data / "verified.json")
     if not isinstance(entries, dict):
         return {}
     return {
@@ -283,15 +257,6 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_size, status.st_mtime_ns
-
-
-def _allocated(path: Path) -> int:
-    """Bytes on disk: a file fetched in part is sparse, its size says nothing; nor does the slack of its last page."""
-    try:
-        status = path.stat()
-    except OSError:
-        return 0
-    return min(status.st_size, status.st_blocks * 512)
 
 
 def _lock(data: Path) -> IO[bytes]:
@@ -311,45 +276,3 @@ def _lock(data: Path) -> IO[bytes]:
             f"{data} is in use by another node; stop it or choose another folder with --data"
         ) from None
     return handle
-
-
-def _write_atomically(path: Path, content: str | bytes, mode: int = 0o644, *, durable: bool = True) -> None:
-    """All or nothing, even if the process dies half-way; the mode holds from the first byte on.
-
-    ``durable``: even if the power fails. What only saves work need not wait for the disk.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:  # noqa: PTH123
-        file.write(data)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _read_json(path: Path) -> Any:
-    """The content, or None if the file is absent, damaged or absurdly large: such files only save work."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            return None
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-@contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    """Translate OSError to StorageError, once, here."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise storage_error(error, path) from error
-
-
-def storage_error(error: OSError, path: Path) -> StorageError:
-    """One sentence for what the operating system said about ``path``."""
-    return StorageError(f"{error.filename or path}: {(error.strerror or str(error)).lower()}; check the data folder")

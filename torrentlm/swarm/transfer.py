@@ -148,7 +148,21 @@ class Transfer:
 
         with self._pump.handle(torrent_key(self.handle), on_alert):
             self.handle.force_recheck()
+            self.handle.resume()  # paused, it would not be checked
             await self._wait(checked.is_set)
+
+    def resume(self) -> None:
+        """Go on after an error, such as a full disk; what was being written is asked for again."""
+        self.error = None
+        if self.handle.is_valid():
+            self.handle.clear_error()
+            self.handle.unset_flags(lt.torrent_flags.upload_mode)  # where libtorrent puts what it could not write
+
+    def stop_serving(self) -> None:
+        """Neither give nor take anything until ``recheck``: what lies there is not what it should be."""
+        self._finished = self._flushed = False
+        if self.handle.is_valid():
+            self.handle.pause()
 
     def close(self) -> None:
         """Called by the swarm when the torrent leaves the session."""

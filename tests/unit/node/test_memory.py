@@ -44,10 +44,10 @@ def test_auto_is_what_the_model_is_published_in() -> None:
 def member(ram: int, precision: str) -> Membership:
     made = Membership.__new__(Membership)
     made.manifest = manifest()
-    store = SimpleNamespace(missing=lambda files: 0, room=lambda disk: 0)
+    shelf = SimpleNamespace(space=SimpleNamespace(missing=lambda files: 0, room=lambda besides: 0))
     made.peers = SimpleNamespace(snapshot=lambda: NOBODY)  # type: ignore[assignment]
     config: Any = NodeConfig(ram=ram, precision=precision)
-    made._parts = SimpleNamespace(store=store, config=config)  # type: ignore[assignment]
+    made._parts = SimpleNamespace(shelf=shelf, config=config)  # type: ignore[assignment]
     return made
 
 

@@ -10,7 +10,7 @@ import libtorrent as lt
 import pytest
 import trio
 
-from torrentlm.errors import ArtifactError, NetworkError, StorageError, TorrentLMError
+from torrentlm.errors import ArtifactError, DiskFullError, NetworkError, StorageError, TorrentLMError
 from torrentlm.swarm.alerts import AlertPump, translate
 
 FILE = Path("/data/blocks/x")
@@ -19,8 +19,8 @@ FILE = Path("/data/blocks/x")
 @pytest.mark.parametrize(
     ("code", "kind", "sentence"),
     [
-        (lt.error_code(errno.ENOSPC, lt.system_category()), StorageError, "disk full: /data/blocks/x could not be"),
-        (lt.error_code(errno.EDQUOT, lt.generic_category()), StorageError, "disk full: /data/blocks/x could not be"),
+        (lt.error_code(errno.ENOSPC, lt.system_category()), DiskFullError, "disk full: /data/blocks/x could not be"),
+        (lt.error_code(errno.EDQUOT, lt.generic_category()), DiskFullError, "disk full: /data/blocks/x could not be"),
         (lt.error_code(errno.EFBIG, lt.system_category()), StorageError, "/data/blocks/x is larger than"),
         (lt.error_code(errno.EACCES, lt.system_category()), StorageError, "/data/blocks/x is not writable"),
         (lt.error_code(errno.EROFS, lt.system_category()), StorageError, "/data/blocks/x is not writable"),

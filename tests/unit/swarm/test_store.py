@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +13,7 @@ import pytest
 from torrentlm.errors import ArtifactError, StorageError
 from torrentlm.manifest.torrent import pieces_root
 from torrentlm.records import Endpoint
-from torrentlm.swarm import store as store_module
 from torrentlm.swarm.store import MAX_PEERS, Store
-
-Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
@@ -158,28 +154,6 @@ def test_peers_are_remembered_bounded(store: Store) -> None:
     assert store.load_peers() == tuple(peers[:MAX_PEERS])
     (store.data / "peers.json").write_text('["127.0.0.1:1", "nonsense", 7, "[::1]:2", "127.0.0.1:1"]')
     assert store.load_peers() == (Endpoint("127.0.0.1", 1), Endpoint("::1", 2))
-
-
-def test_space_is_asked_for_what_is_missing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, absent = put_block(store), "0" * 64 + ".safetensors"
-    store.verify(here)
-    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: Usage(0, 0, 100_000_000))
-    store.require_space({here: 10**12, absent: 100_000_000})
-    with pytest.raises(StorageError) as caught:
-        store.require_space({here: 10**12, absent: 250_000_000})
-    assert str(caught.value).startswith(f"disk full: block set needs 250 MB, {store.data} has 100 MB free")
-
-
-def test_half_fetched_file_counts_by_what_it_takes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "0" * 64 + ".safetensors"
-    with store.path(name).open("wb") as file:
-        file.write(os.urandom(4_000_000))
-        file.truncate(10_000_000)
-    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: Usage(0, 0, 6_100_000))
-    store.require_space({name: 10_000_000})
-    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: Usage(0, 0, 5_000_000))
-    with pytest.raises(StorageError, match="disk full"):
-        store.require_space({name: 10_000_000})
 
 
 def test_torrents_are_kept(store: Store) -> None:
