@@ -51,14 +51,16 @@ class BareNode:
 
 @asynccontextmanager
 async def open_node(
-    bootstrap: Sequence[Endpoint] = (), port: int = 0, *, download_limit: int = 0
+    bootstrap: Sequence[Endpoint] = (), port: int = 0, *, download_limit: int = 0, upload_limit: int = 0
 ) -> AsyncIterator[BareNode]:
     """A gateway and a swarm behind it, until the context ends."""
     identity = Identity.generate()
     async with trio.open_nursery() as nursery:
         gateway = Gateway(identity, host="127.0.0.1", port=port)
         await nursery.start(gateway.run)
-        swarm = Swarm(gateway.proxy, identity, bootstrap, download_limit=download_limit)
+        swarm = Swarm(
+            gateway.proxy, identity, bootstrap, download_limit=download_limit, upload_limit=upload_limit
+        )
         await nursery.start(swarm.run)
         gateway.torrents = swarm
         try:

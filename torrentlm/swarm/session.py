@@ -21,7 +21,7 @@ from torrentlm.swarm.alerts import Alert, AlertPump, torrent_key
 from torrentlm.swarm.dht import Dht
 from torrentlm.swarm.identity import Identity
 from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP, TICK_MS, Proxy, session_settings
-from torrentlm.swarm.transfer import Transfer
+from torrentlm.swarm.transfer import Transfer, Urgency
 
 _UPDATE_INTERVAL = 0.5
 NICER = 5
@@ -44,7 +44,8 @@ class Swarm:
     """Torrents and the DHT behind ``proxy``. ``run`` is a service of the node's nursery; the rest works while it runs.
 
     ``canonical`` and ``connect_peer`` are what the gateway needs to hand an incoming connection to libtorrent. Rate
-    limits in bytes per second, 0 for none, hold for peers of the local network too.
+    limits in bytes per second, 0 for none, hold for peers of the local network too; ``background_rate`` is what all
+    background transfers together may download, and may be changed at any time.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Swarm:
             bootstrap = [endpoint for endpoint in bootstrap if is_address(endpoint.host) or endpoint.is_loopback]
         self._settings = session_settings(proxy, bootstrap)
         self._settings |= {"download_rate_limit": download_limit, "upload_rate_limit": upload_limit}
+        self._background_rate = 0
         self._bootstrap = tuple(bootstrap)
         self._identity = identity
         self._transfers: dict[InfoHash, Transfer] = {}
@@ -94,19 +96,38 @@ class Swarm:
     def transfers(self) -> tuple[Transfer, ...]:
         return tuple(dict.fromkeys(self._transfers.values()))
 
+    @property
+    def background_rate(self) -> int:
+        """Bytes per second of all background transfers together, 0 for no limit."""
+        return self._background_rate
+
+    @background_rate.setter
+    def background_rate(self, rate: int) -> None:
+        if rate != self._background_rate:
+            self._background_rate = rate
+            self.reconsider()
+
     def add_torrent(
-        self, torrent: bytes | Magnet, folder: Path, *, verified: bool = False, limit: int | None = None
+        self,
+        torrent: bytes | Magnet,
+        folder: Path,
+        *,
+        verified: bool = False,
+        limit: int | None = None,
+        urgency: Urgency = Urgency.NORMAL,
     ) -> Transfer:
         """Start a torrent whose content lies, or shall lie, in ``folder``; the one already there if it runs.
 
         ``verified``: the content is known to be good and is seeded without a check; otherwise what is on disk is hashed
-        first. A magnet whose torrent turns out to have more than ``limit`` bytes fails instead of being fetched.
+        first. One that runs already becomes as urgent as asked for, if it was less. A magnet whose torrent turns out to have more than ``limit`` bytes fails instead of being fetched.
         Raises ArtifactError for a damaged torrent file.
         """
         params = _params_of_magnet(torrent) if isinstance(torrent, Magnet) else _params_of_file(torrent)
         hashes = params.ti.info_hashes() if params.ti else params.info_hashes
         for info_hash in (hashes.v1.to_bytes(), hashes.v2.to_bytes()[:20]):
             if known := self._transfers.get(InfoHash(info_hash)):
+                if urgency > known.urgency:
+                    known.urge(urgency)
                 return known
         params.save_path = str(folder)
         params.flags = _FLAGS | (_SEED_FLAGS if verified else 0)
@@ -116,6 +137,7 @@ class Swarm:
             raise ArtifactError(f"this torrent cannot be started ({error})") from error
         transfer = Transfer(handle, self._pump, folder, self, limit)
         self.renamed(transfer)
+        transfer.urge(urgency)
         return transfer
 
     def remove(self, transfer: Transfer) -> None:
@@ -123,6 +145,7 @@ class Swarm:
         self._forget(transfer)
         if self._session is not None:  # all of them end with it
             self._session.remove_torrent(transfer.handle)
+            self.reconsider()
 
     def canonical(self, info_hash: bytes) -> InfoHash | None:
         """The hash by which libtorrent greets for this torrent (v1 if it has one); None if it is not ours."""
@@ -139,6 +162,19 @@ class Swarm:
     def hurry(self) -> None:
         """Have libtorrent dial the peers that it was just told of now, not at its next full second."""
         self._hurried.set()
+
+    def reconsider(self) -> None:
+        """Background transfers wait while any other is pressing, and share ``background_rate`` otherwise.
+
+        libtorrent's priorities share out what its own limits allow, which is nothing to go by where the network is the
+        limit, and deadlines order the pieces of one torrent; between torrents, nothing yields but by being paused.
+        """
+        transfers = self.transfers
+        waiting = any(transfer.pressing for transfer in transfers)
+        background = [each for each in transfers if each.urgency is Urgency.BACKGROUND and not each.complete]
+        for transfer in background:
+            rate = max(1, self._background_rate // len(background)) if self._background_rate else 0
+            transfer.hold_back(waiting, rate)
 
     def renamed(self, transfer: Transfer) -> None:
         """Find the transfer by all names that it has by now."""
@@ -174,6 +210,7 @@ class Swarm:
         for status in alert.status:
             if transfer := by_key.get(torrent_key(status.handle)):
                 transfer.update(status)
+        self.reconsider()
 
     async def _close_session(self) -> None:
         """libtorrent's destructor flushes to disk and joins its threads, so it runs in a thread of ours."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,21 @@ _BY_V2 = 0x80
 """libtorrent's pex_lt_v2: greet by the truncated v2 info-hash."""
 
 _MAX_HURRIED = 1000
+_MAX_DEADLINES = 1024
+"""Pieces that are given one: all of a block file (manifest.torrent.piece_length), not all of what anybody may name."""
+
+
+class Urgency(IntEnum):
+    """How much somebody waits for a torrent.
+
+    ``NOW``: a session does; its pieces have deadlines, so that libtorrent asks a second peer where the first is slow.
+    ``NORMAL``: nobody yet. ``BACKGROUND``: it may be of use one day; it has no connection while anything that is needed
+    now is incomplete, or anything normal is coming, and keeps to ``Swarm.background_rate`` otherwise.
+    """
+
+    BACKGROUND = 0
+    NORMAL = 1
+    NOW = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +64,9 @@ class Owner(Protocol):
     def hurry(self) -> None:
         """Somebody is to be dialled now, not at libtorrent's next full second."""
 
+    def reconsider(self) -> None:
+        """A transfer has become more or less urgent, or has ended: others may have to wait, or no longer."""
+
 
 class Transfer:
     """A torrent of this node, made by ``Swarm.add_torrent``.
@@ -61,7 +80,10 @@ class Transfer:
         self.folder = folder
         self.error: TorrentLMError | None = None
         self.progress = Progress()
+        self.urgency = Urgency.NORMAL
         self.handle = handle
+        self._held_back = False
+        self._rate = 0
         self._pump = pump
         self._owner = owner
         self._limit = limit
@@ -136,6 +158,45 @@ class Transfer:
             self._dialled.add(endpoint)
             self._owner.hurry()
 
+    @property
+    def pressing(self) -> bool:
+        """Whether background transfers have to make way for it."""
+        if self.complete or self.error or self.urgency is Urgency.BACKGROUND:
+            return False
+        return self.urgency is Urgency.NOW or self.progress.download_rate > 0
+
+    def urge(self, urgency: Urgency) -> None:
+        """Say how much somebody waits for it from now on."""
+        if urgency is not self.urgency:
+            before, self.urgency = self.urgency, urgency
+            if before is Urgency.NOW and self.handle.is_valid():
+                self.handle.clear_piece_deadlines()
+            self._set_deadlines()
+            if before is Urgency.BACKGROUND:
+                self.hold_back(False, 0)
+            self._owner.reconsider()
+
+    def hold_back(self, held: bool, rate: int) -> None:
+        """Stop at once, dropping all connections, or go on with at most ``rate`` bytes per second (0: no limit)."""
+        if not self.handle.is_valid():
+            return
+        if rate != self._rate:
+            self._rate = rate
+            self.handle.set_download_limit(rate)
+        if held != self._held_back:
+            self._held_back = held
+            if held:
+                self.handle.pause()
+            else:
+                self.handle.resume()
+
+    def _set_deadlines(self) -> None:
+        """In the file's order, all at once: whoever waits for a block waits for its last piece."""
+        info = self._torrent_info()
+        if self.urgency is Urgency.NOW and info is not None and not self.complete:
+            for piece in range(min(info.num_pieces(), _MAX_DEADLINES)):
+                self.handle.set_piece_deadline(piece, piece)
+
     async def recheck(self) -> None:
         """Hash everything on disk again and fetch what does not match. Returns when the check is through."""
         self._finished = self._flushed = False
@@ -191,9 +252,12 @@ class Transfer:
                 self._flushed = self._finished
                 if self.complete:
                     self.update(self.handle.status(0))
+                    self.urge(Urgency.NORMAL)
+                    self._owner.reconsider()
             case lt.metadata_received_alert():
                 self._read_identity()
                 self._owner.renamed(self)
+                self._set_deadlines()
                 self._refuse_too_large()
             case lt.file_error_alert():
                 self._fail(translate(alert.error, Path(self.folder, alert.filename()), self.name))
