@@ -58,6 +58,8 @@ class Replay:
         self._fetch_s = fetch_s
         self._cached: OrderedDict[str, None] = OrderedDict()
         self._planned: deque[Fetch] = deque()
+        self._stale = True  # something has changed since the plan was made
+        self._spent = False  # the plan had something
         self._coming: str | None = None
         self._missing_s = 0.0  # of what is coming, at the full rate
         self._now = 0.0
@@ -68,12 +70,12 @@ class Replay:
             self._idle(walk.gap_s)
             for hop in walk.hops:
                 self._saw = self._now
-                self._planned.clear()
+                self._stale = True
                 if self._requests is not None:
                     self._requests.saw(bytes([walk.model]), hop, self._now)
                 for block in hop:
                     self._ask(f"{walk.model}:{block}")
-                    self._idle(STEP_S)
+                self._idle(STEP_S * len(hop))
             self._idle(GENERATION_S)
         return self.outcome
 
@@ -88,7 +90,7 @@ class Replay:
             took, self._coming = self._missing_s, None
         else:
             self.outcome.fetched += 1
-        self._planned.clear()
+        self._stale = True
         self.outcome.waited_s += took
         self._now += took
         self._keep(name)
@@ -104,7 +106,8 @@ class Replay:
         while self._now < end:
             if self._coming is None and not self._choose():
                 changes = self._saw + ROUTE_S + 1e-3  # when the route is over
-                self._now = min(end, changes) if self._now < changes else end
+                self._stale = self._stale or self._now < changes <= end
+                self._now = changes if self._now < changes <= end else end
                 continue
             spent = min(end - self._now, self._missing_s / SHARE)
             self._now += spent
@@ -118,9 +121,10 @@ class Replay:
         """Begin what comes next; a plan holds until something is asked for or its routes are over."""
         if self._requests is None:
             return False
-        if not self._planned:
+        if self._stale or (self._spent and not self._planned):
             limits = Limits(self._capacity - len(self._cached), 1, PLANNED)
-            self._planned.extend(plan(_VIEWS, self._requests, self._cached, list(self._cached), limits, self._now))
+            self._planned = deque(plan(_VIEWS, self._requests, self._cached, list(self._cached), limits, self._now))
+            self._stale, self._spent = False, bool(self._planned)
         if not self._planned:
             return False
         chosen = self._planned.popleft()

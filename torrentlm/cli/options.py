@@ -57,6 +57,10 @@ _SERVING: tuple[Decorator, ...] = (
     click.option(
         "--adapters", metavar="SIZE", help="Apply adapters of sessions, and keep so much of them. [default: off]"
     ),
+    click.option(
+        "--prefetch", metavar="auto|off|SIZE", help="Disk for blocks fetched before anybody asks. [default: auto]"
+    ),
+    click.option("--prefetch-rate", metavar="auto|SIZE", help="Bytes per second for these. [default: auto]"),
 )
 
 

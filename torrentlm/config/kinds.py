@@ -75,6 +75,17 @@ def _bound(value: object, base: Path) -> int:
     return 0 if value == "off" else parse_size(value)
 
 
+def _share(value: object, base: Path) -> int | None:
+    return 0 if value == "off" else _budget(value, base)
+
+
+def _rate(value: object, base: Path) -> int | None:
+    rate = _budget(value, base)
+    if rate == 0:
+        raise ValueError('to fetch nothing ahead, say prefetch = "off"')
+    return rate
+
+
 def _threads(value: object, base: Path) -> int | None:
     return None if value == "auto" else _number(1, 1024)(value, base)
 
@@ -167,6 +178,10 @@ TEXT = Kind("a short text", _text)
 PATH = Kind("a path", _path)
 BUDGET = Kind('a size such as "4GB" or "512 MiB", a number of bytes, or "auto"', _budget, _integer)
 BOUND = Kind('a size such as "200MB", a number of bytes, or "off"', _bound, _integer, ("off",))
+SHARE = Kind(
+    'a size such as "4GB" or "512 MiB", a number of bytes, "auto" or "off"', _share, _integer, ("auto", "off")
+)
+RATE = Kind('a size per second such as "1MB", a number of bytes, or "auto"', _rate, _integer, ("auto",))
 PORT = Kind("a whole number from 0 (any free port) to 65535", _number(0, 65535), _integer)
 COUNT = Kind("a whole number from 1 to 1024", _number(1, 1024), _integer)
 THREADS = Kind('a whole number from 1 to 1024, or "auto"', _threads, _integer, ("auto",))

@@ -27,8 +27,10 @@ from torrentlm.config.kinds import (
     PATH,
     PORT,
     PRECISION,
+    RATE,
     SECONDS,
     SEED,
+    SHARE,
     TASK,
     TEXT,
     TEXTS,
@@ -72,6 +74,8 @@ NODE_KEYS = {
     "allow_code": HASHES,
     "adapters": BOUND,
     "recheck": FLAG,
+    "prefetch": SHARE,
+    "prefetch_rate": RATE,
 }
 TABLES: dict[str, tuple[str, ...]] = {
     "": ("magnet", "model", "adapter", "node"),

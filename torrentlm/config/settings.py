@@ -74,6 +74,8 @@ class NodeConfig:
     ``allow_code``: hashes of the code of its own that a model may run here.
     ``adapters``: bytes of adapters that sessions may bring along, 0 to apply none.
     ``recheck``: compare a block with a recorded sample before any is served.
+    ``prefetch``: bytes of ``disk`` that blocks fetched before anybody asks for them may take, 0 for none, None for a
+    quarter of what is left; ``prefetch_rate``: bytes per second for them, None for a quarter of what was measured.
     """
 
     data: Path = field(default_factory=default_data)
@@ -92,6 +94,8 @@ class NodeConfig:
     allow_code: tuple[str, ...] = ()
     adapters: int = 0
     recheck: bool = True
+    prefetch: int | None = None
+    prefetch_rate: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

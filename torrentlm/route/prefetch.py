@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from torrentlm.records import Span
 from torrentlm.route.assign import Files
@@ -41,8 +42,7 @@ class Reason(IntEnum):
     ROUTE = 4
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Worth:
+class Worth(NamedTuple):
     """``score`` compares blocks under the same reason; above 0 wherever there is a reason."""
 
     reason: Reason = Reason.NONE
