@@ -41,7 +41,7 @@ class Outcome:
 _VIEWS = {
     bytes([model]): View(
         files=[{f"{model}:{block}": 1} for block in range(blocks)],
-        span=None,
+        spans=(),
         copies=[99] * blocks,  # what the swarm lacks is no matter of this node's own hits
     )
     for model, blocks in enumerate(MODELS)

@@ -32,7 +32,7 @@ class Walk:
 
 
 def make_trace(seed: int, exponent: float, days: float, again: float) -> list[Walk]:
-    """Models drawn by Zipf's law with ``exponent``; with the chance ``again``, the session's model is the last one's."""
+    """Models drawn by Zipf's law with ``exponent``; with the chance ``again``, it is the last session's model."""
     rng = random.Random(seed)
     ranks = rng.sample(range(len(MODELS)), len(MODELS))
     hours = [rng.random() for _ in MODELS]

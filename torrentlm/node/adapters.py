@@ -32,7 +32,7 @@ from torrentlm.node.parts import Parts
 from torrentlm.publish.adapter import PublishedAdapter
 from torrentlm.records import AdapterId, Endpoint, InfoHash, Span
 from torrentlm.structured import single_error
-from torrentlm.swarm.transfer import Transfer
+from torrentlm.swarm.transfer import Transfer, Urgency
 
 FETCH_LIMIT_S = 30.0
 """For all that one session's adapter needs; a client waits a little longer (client/session.py)."""
@@ -196,7 +196,7 @@ class NodeAdapters:
         self._refuse_others((entry.id.v1, entry.id.v2))
         magnet = Magnet(entry.id.v1, entry.id.v2)
         folder = self._folder / entry.id.v2.hex()
-        entry.transfer = self._parts.swarm.add_torrent(magnet, folder, limit=MAX_TORRENT_CONTENT)
+        entry.transfer = self._parts.swarm.add_torrent(magnet, folder, limit=MAX_TORRENT_CONTENT, urgency=Urgency.NOW)
         return entry.transfer
 
     def _refuse_others(self, hashes: tuple[bytes, bytes]) -> None:
@@ -216,7 +216,7 @@ class NodeAdapters:
         self._parts.shelf.space.require_free(sum(file.size for file in missing))
         for file, torrent in zip(missing, torrents, strict=True):
             self._refuse_others((file.v1, file.v2))
-            transfer = self._parts.swarm.add_torrent(torrent, self._folder / "blocks")
+            transfer = self._parts.swarm.add_torrent(torrent, self._folder / "blocks", urgency=Urgency.NOW)
             self._blocks[file.name] = transfer, sizes[file.name]
         fetched = [self._blocks[file.name][0] for file in files if file.name in self._blocks]
         await self._complete(entry, fetched, membership)

@@ -14,6 +14,7 @@ from torrentlm.manifest.manifest import FileEntry, Manifest
 from torrentlm.node.parts import Parts, Say
 from torrentlm.node.peers import ModelPeers
 from torrentlm.records import Span, spans_of
+from torrentlm.swarm.transfer import Urgency
 
 FEED_EVERY_S = 1.0
 DHT_LOOKUP_EVERY_S = 30.0
@@ -86,8 +87,9 @@ class BlockFiles:
         self._shelf.seed(self._manifest.files, self._folder)
         self._publish()
 
-    async def fetch(self, files: Sequence[FileEntry]) -> None:
-        """Return when all ``files`` are complete on disk; they are seeded from then on.
+    async def fetch(self, files: Sequence[FileEntry], *, urgency: Urgency = Urgency.NORMAL) -> None:
+        """Return when all ``files`` are complete on disk; they are seeded from then on. In the background, silently:
+        then a full disk is an error.
 
         Others are evicted for them. Raises StorageError if that is not enough, ArtifactError if what a torrent says is
         not what the manifest says. Waits as long as it takes for somebody to have them, or for a full disk to have
@@ -99,12 +101,13 @@ class BlockFiles:
             if not missing:
                 return
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._report, files)
                 nursery.start_soon(self._feed, missing)
-                nursery.start_soon(say_waiting, self._parts.say, partial(self._why_nothing_comes, missing))
+                if urgency is not Urgency.BACKGROUND:
+                    nursery.start_soon(self._report, files)
+                    nursery.start_soon(say_waiting, self._parts.say, partial(self._why_nothing_comes, missing))
                 async with trio.open_nursery() as fetching:
                     for file in missing:
-                        fetching.start_soon(self._fetch_file, file)
+                        fetching.start_soon(self._fetch_file, file, urgency)
                 nursery.cancel_scope.cancel()
 
     async def hash(self, blocks: Collection[int]) -> list[FileEntry]:
@@ -133,20 +136,25 @@ class BlockFiles:
             "start a node that has them, or name one with --peer HOST:PORT"
         )
 
-    async def _fetch_file(self, file: FileEntry) -> None:
+    async def _fetch_file(self, file: FileEntry, urgency: Urgency) -> None:
         store, shelf = self._parts.store, self._shelf
+        if (running := shelf.transfers.get(file.name)) is not None and urgency > running.urgency:
+            running.urge(urgency)  # whoever fetches it was in less of a hurry
         async with shelf.alone(file.name):
             if store.holds(file.name):
                 return
             store.cut(file.name, file.size)
             if (running := shelf.transfers.get(file.name)) is not None:
                 await running.recheck()  # it seeds what was thought complete
-            transfer = running or shelf.start(file, self._folder, verified=False)
+            transfer = running or shelf.start(file, self._folder, verified=False, urgency=urgency)
+            transfer.urge(urgency)
             while not store.holds(file.name):
                 try:
                     await transfer.wait_complete(stall_timeout=float("inf"))
                     shelf.completed(file.name)
                 except DiskFullError:
+                    if transfer.urgency is Urgency.BACKGROUND:
+                        raise  # nothing is evicted for it
                     await shelf.wait_for_room(file.name, file.size)
                     transfer.resume()
 

@@ -69,9 +69,19 @@ class Membership:
         candidates = sorted(self.snapshot().candidates, key=lambda peer: (not peer.resident, not peer.has_blocks))
         return [peer.node for peer in candidates]
 
+    @property
+    def ready(self) -> bool:
+        """Whether the manifest is here."""
+        return hasattr(self, "files")
+
+    @property
+    def holds(self) -> bool:
+        """Whether this node serves blocks of it."""
+        return bool(self.peers.record.resident)
+
     def uses(self, name: str) -> bool:
         """Whether a block file of this name is one of the model's, as far as the manifest is here."""
-        return hasattr(self, "files") and self.files.entry(name) is not None
+        return self.ready and self.files.entry(name) is not None
 
     def blame(self, node: NodeKey) -> None:
         """A holder failed: routes avoid it for a while."""

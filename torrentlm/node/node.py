@@ -27,6 +27,7 @@ from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.adapters import NodeAdapters
 from torrentlm.node.membership import Membership
 from torrentlm.node.parts import Parts, Say
+from torrentlm.node.prefetch import Prefetcher
 from torrentlm.node.scrub import check_slowly
 from torrentlm.node.services import open_services
 from torrentlm.node.shelf import Shelf
@@ -67,6 +68,7 @@ class Node:
         self.key: NodeKey = parts.key
         self.memberships: dict[bytes, Membership] = {}
         self.adapters = NodeAdapters(parts, self.memberships)
+        self.prefetcher = Prefetcher(parts, self.memberships)
         self._nursery = nursery
         self._computing: Computing | None = None
         self._listeners: dict[tuple[SessionId, NodeKey], trio.MemorySendChannel[Message]] = {}
@@ -138,6 +140,10 @@ class Node:
     def check_disk(self) -> None:
         """Keep hashing what is on the disk, slowly. To be called when what is to be held is loaded."""
         self._nursery.start_soon(check_slowly, self.parts.store, self._mend)
+
+    def fetch_ahead(self) -> None:
+        """Prefetch from now on, in the background, for the models that this node holds blocks of."""
+        self._nursery.start_soon(self.prefetcher.run)
 
     async def _mend(self, name: str) -> None:
         """A damaged file: nobody gets anything of it any more, and it is fetched again, after the sessions that use it.
@@ -268,6 +274,8 @@ class Node:
                     (message.session, sender)
                 )  # a client that does not read loses its tokens, nobody else's
             return
+        if isinstance(message, Open):
+            self.prefetcher.saw(message.model, Span(message.first, message.last), trio.current_time())
         if self._computing is not None:
             await self._computing.holder.handle(sender, message)
         elif isinstance(message, Open):

@@ -46,6 +46,7 @@ async def seed(settings: Settings, say: Say) -> None:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(keep_status, node)
                     await node.hold(membership)
+                    node.fetch_ahead()
                     node.check_disk()
                     say(_ready(node, membership))
                     await _watch(node, membership, say)

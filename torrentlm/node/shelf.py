@@ -21,7 +21,7 @@ from torrentlm.manifest.manifest import FileEntry
 from torrentlm.swarm.session import Swarm
 from torrentlm.swarm.space import Space
 from torrentlm.swarm.store import Store
-from torrentlm.swarm.transfer import Transfer
+from torrentlm.swarm.transfer import Transfer, Urgency
 
 ROOM_EVERY_S = 2.0
 """How often a full disk is asked again."""
@@ -49,7 +49,7 @@ class Shelf:
 
     # -- what is here
 
-    def start(self, file: FileEntry, folder: Path, *, verified: bool) -> Transfer:
+    def start(self, file: FileEntry, folder: Path, *, verified: bool, urgency: Urgency = Urgency.NORMAL) -> Transfer:
         """The file's torrent, from the model torrent in ``folder``; the one that runs if one does.
 
         Raises ArtifactError if it is not there or not the one that the manifest names.
@@ -61,7 +61,7 @@ class Shelf:
             torrent = path.read_bytes()
         except OSError as error:
             raise ArtifactError(f"{path} is missing: delete {folder} and join again") from error
-        transfer = self._swarm.add_torrent(torrent, self._store.blocks, verified=verified)
+        transfer = self._swarm.add_torrent(torrent, self._store.blocks, verified=verified, urgency=urgency)
         if (transfer.v1, transfer.v2) != (file.v1, file.v2):
             raise ArtifactError(f"{path} is not the torrent that the manifest names: this magnet was published wrongly")
         self.transfers[file.name] = transfer

@@ -3,7 +3,7 @@
 Blocks are wanted in this order; within a reason, those of the higher score first:
 
 1. **route**: what routes seen a moment ago need next: the rest of the span asked for, and the blocks behind it
-2. **adjacent**: the blocks on both sides of the span that this node holds, the nearest first
+2. **adjacent**: the blocks on both sides of the spans that this node holds, the nearest first
 3. **expected**: what the requests seen so far make likely (``requests.Requests``), from a probability on
 4. **rare**: blocks with few copies in the swarm, those with the fewest first
 
@@ -13,17 +13,18 @@ lower reason, or under the same reason at most half the score, so that two equal
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
 from torrentlm.records import Span
 from torrentlm.route.assign import Files
-from torrentlm.route.requests import Ask, Requests
+from torrentlm.route.registry import Snapshot
+from torrentlm.route.requests import Requests
 
 AHEAD = 8
-"""Blocks behind a route seen, and on each side of the span held, that are wanted."""
+"""Blocks behind a route seen, and on each side of a span held, that are wanted."""
 LIKELY = 0.02
 """From this probability on a block is expected."""
 ENOUGH_COPIES = 3
@@ -56,11 +57,15 @@ class Worth(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One model as this node sees it: each block's files, the span held, and how many *others* have each block."""
+    """One model as this node sees it: each block's files, the spans held, and how many *others* have each block.
+
+    ``first``: the block at which to begin among equals, so that not every node fetches the same one.
+    """
 
     files: Sequence[Files]
-    span: Span | None
+    spans: Sequence[Span]
     copies: Sequence[int]
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,39 +96,52 @@ class Fetch:
 Block = tuple[bytes, int]
 
 
+def copies_of_others(snapshot: Snapshot, blocks: int) -> list[int]:
+    """How many peers have each block on disk or serve it: whom it can be fetched from."""
+    counts = [0] * blocks
+    for candidate in snapshot.candidates:
+        for block in {block for span in (*candidate.held, *candidate.resident) for block in span if block < blocks}:
+            counts[block] += 1
+    return counts
+
+
 def worths(models: Mapping[bytes, View], requests: Requests, now: float) -> dict[Block, Worth]:
     """What each block is worth that there is any reason for; the highest reason counts."""
     found: dict[Block, Worth] = {}
-
-    def want(model: bytes, block: int, reason: Reason, score: float) -> None:
-        if 0 <= block < len(models[model].files):
-            found[model, block] = max(found.get((model, block), Worth()), Worth(reason, score))
-
-    for model, view in models.items():
-        for block, copies in enumerate(view.copies):
-            if copies < ENOUGH_COPIES:
-                want(model, block, Reason.RARE, 1 / (1 + copies) ** 2)
-        if view.span is not None:
-            for distance in range(1, AHEAD + 1):
-                for block in (view.span.last + distance, view.span.first - distance):
-                    want(model, block, Reason.ADJACENT, 1 / distance)
-    for (model, block), chance in _expected(requests, models).items():
-        if chance >= LIKELY:
-            want(model, block, Reason.EXPECTED, chance)
-    for age, (model, span) in enumerate(requests.routes(now)):
-        if model in models:
-            for place, block in enumerate(range(span.first, span.last + 1 + AHEAD)):
-                want(model, block, Reason.ROUTE, 1 / (1 + age) + 1e-3 / (1 + place))
+    for block, worth in _reasons(models, requests, now):
+        model, number = block
+        if 0 <= number < len(models[model].files) and worth > found.get(block, Worth()):
+            found[block] = worth
     return found
 
 
-def _expected(requests: Requests, models: Mapping[bytes, View]) -> dict[Block, float]:
+def _reasons(models: Mapping[bytes, View], requests: Requests, now: float) -> Iterator[tuple[Block, Worth]]:
+    """Every reason for every block, some of which may not exist."""
+    for model, view in models.items():
+        for block, copies in enumerate(view.copies):
+            if copies < ENOUGH_COPIES:
+                yield (model, block), Worth(Reason.RARE, 1 / (1 + copies) ** 2)
+        for span in view.spans:
+            for distance in range(1, AHEAD + 1):
+                yield (model, span.last + distance), Worth(Reason.ADJACENT, 1 / distance)
+                yield (model, span.first - distance), Worth(Reason.ADJACENT, 1 / distance)
+    for likely, chance in _expected(models, requests).items():
+        if chance >= LIKELY:
+            yield likely, Worth(Reason.EXPECTED, chance)
+    for age, (model, span) in enumerate(requests.routes(now)):
+        if model in models:
+            end = min(span.last + AHEAD, len(models[model].files) - 1)
+            for place, number in enumerate(range(span.first, end + 1)):
+                yield (model, number), Worth(Reason.ROUTE, 1 / (1 + age) + 1e-3 / (1 + place))
+
+
+def _expected(models: Mapping[bytes, View], requests: Requests) -> dict[Block, float]:
     """The chance of each block: of all that may be asked for next, added up."""
     chances: dict[Block, float] = {}
     for (model, span), chance in requests.expected().items():
         if model in models:
-            for block in span:
-                chances[model, block] = chances.get((model, block), 0.0) + chance
+            for number in range(span.first, min(span.last, len(models[model].files) - 1) + 1):
+                chances[model, number] = chances.get((model, number), 0.0) + chance
     return chances
 
 
@@ -135,7 +153,7 @@ def plan(
     limits: Limits,
     now: float,
 ) -> list[Fetch]:
-    """What to fetch, in this order. ``here`` are the names of files on disk or on their way.
+    """What to fetch, in this order; nothing that no peer has. ``here`` are the names of files on disk or on their way.
 
     ``displaceable`` are those of them that may go for something better, the longest unused first; nothing else is ever
     displaced. Each fetch fits into ``limits.room`` and what the fetches up to it displace.
@@ -146,20 +164,27 @@ def plan(
     for (model, block), worth in found.items():
         for name in models[model].files[block]:
             of_file[name] = max(of_file.get(name, Worth()), worth)
-    spare = sorted((name for name in displaceable if name in here), key=lambda name: of_file.get(name, Worth()))
-    taken, left, fetches, total = set(here), limits.room, list[Fetch](), 0
-    for model, block in sorted(found, key=lambda block: (found[block], -block[1]), reverse=True):
+    known = [name for name in displaceable if name in here and name in sizes]
+    spare = sorted(known, key=lambda name: of_file.get(name, Worth()))
+    taken, left, total = set(here), limits.room, 0
+    fetches: list[Fetch] = []
+
+    def order(block: Block) -> tuple[Worth, int]:
+        view = models[block[0]]
+        return found[block], -((block[1] - view.first) % len(view.files))
+
+    for model, block in sorted(found, key=order, reverse=True):
         if total >= limits.rate * limits.horizon_s:
             break
         missing = {name: size for name, size in models[model].files[block].items() if name not in taken}
-        size = sum(missing.values())
-        if not missing:
+        if not missing or not models[model].copies[block]:
             continue
+        size = sum(missing.values())
         out = _make_room(size - left, spare, sizes, of_file, found[model, block])
         if out is None:
             continue
         spare = spare[len(out) :]
-        left += sum(sizes.get(name, 0) for name in out) - size
+        left += sum(sizes[name] for name in out) - size
         total += size
         taken |= missing.keys()
         fetches.append(Fetch(model, block, tuple(missing), size, found[model, block], out))
@@ -177,5 +202,5 @@ def _make_room(
         if not worth.clearly_above(of_file.get(name, Worth())):
             return None
         out.append(name)
-        lacking -= sizes.get(name, 0)
+        lacking -= sizes[name]
     return tuple(out) if lacking <= 0 else None

@@ -1,9 +1,8 @@
 """What sessions asked this node for, and what they will probably ask for next. State without I/O and without a clock.
 
 A first-order Markov model: how often each request (a span of a model) followed which other, every count halved each
-``HALF_LIFE_S``. What follows a request that was rarely seen is taken from what is asked for at all. Looking further than
-one request ahead, later ones count less. Memory is bounded: of requests, and of followers of each, the most frequent
-are kept.
+``HALF_LIFE_S``. What follows a request that was rarely seen is taken from what is asked for at all. Of several requests
+ahead, later ones count less. Memory is bounded: of requests, and of followers of each, the most frequent are kept.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ ROUTE_S = 60.0
 """For so long a request is a route in use: the default lease of a session."""
 BACKOFF = 2.0
 """So many observed followers weigh as much as what is asked for at all."""
-STEPS = 12
+STEPS = 24
 """Requests that are looked ahead."""
-LATER = 0.85
+LATER = 0.93
 """What each step further ahead counts, against the one before."""
 
 

@@ -119,7 +119,8 @@ class Swarm:
         """Start a torrent whose content lies, or shall lie, in ``folder``; the one already there if it runs.
 
         ``verified``: the content is known to be good and is seeded without a check; otherwise what is on disk is hashed
-        first. One that runs already becomes as urgent as asked for, if it was less. A magnet whose torrent turns out to have more than ``limit`` bytes fails instead of being fetched.
+        first. A magnet whose torrent turns out to have more than ``limit`` bytes fails instead of being fetched. One
+        that runs already becomes as urgent as asked for, if it was less.
         Raises ArtifactError for a damaged torrent file.
         """
         params = _params_of_magnet(torrent) if isinstance(torrent, Magnet) else _params_of_file(torrent)

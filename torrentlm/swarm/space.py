@@ -53,6 +53,11 @@ class Space:
         """Whether the file must stay: somebody pinned it, or it is on its way."""
         return name in self._pins or name in self._promised
 
+    @property
+    def promised(self) -> frozenset[str]:
+        """The names of files that are on their way."""
+        return frozenset(self._promised)
+
     def used(self, names: Iterable[str]) -> None:
         """Somebody had a use for these files now. What cannot be written is forgotten at the end: it only orders."""
         now = self._clock()

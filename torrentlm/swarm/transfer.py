@@ -209,6 +209,7 @@ class Transfer:
 
         with self._pump.handle(torrent_key(self.handle), on_alert):
             self.handle.force_recheck()
+            self._held_back = False
             self.handle.resume()  # paused, it would not be checked
             await self._wait(checked.is_set)
 
