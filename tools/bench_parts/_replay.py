@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from _trace import MODELS, Walk
 
-from torrentlm.route.prefetch import Fetch, Limits, View, plan
+from torrentlm.route.prefetch import Fetch, Limits, View, in_use, plan
 from torrentlm.route.requests import ROUTE_S, Ask, Requests
 
 STEP_S = 0.05
@@ -121,6 +121,9 @@ class Replay:
         """Begin what comes next; a plan holds until something is asked for or its routes are over."""
         if self._requests is None:
             return False
+        if self._stale:
+            for name in in_use(_VIEWS, self._requests, self._cached.keys(), self._now):
+                self._cached.move_to_end(name)
         if self._stale or (self._spent and not self._planned):
             limits = Limits(self._capacity - len(self._cached), 1, PLANNED)
             self._planned = deque(plan(_VIEWS, self._requests, self._cached, list(self._cached), limits, self._now))

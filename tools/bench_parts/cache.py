@@ -20,7 +20,7 @@ from torrentlm.route.requests import Requests
 EXPONENTS = (0.6, 1.0, 1.4)
 SHARES = (0.125, 0.25, 0.5)
 AGAIN = (0.0, 0.5)
-HALF_LIVES_H = (0.5, 2.0, 8.0)
+HALF_LIVES_H = (2.0, 8.0, 32.0)
 LINKS_S = (0.5, 2.0, 8.0)
 USUAL = {"exponent": 1.0, "share": 0.25, "again": 0.5, "fetch_s": 2.0}
 POLICIES: dict[str, Callable[[], Requests | None]] = {

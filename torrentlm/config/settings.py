@@ -75,7 +75,7 @@ class NodeConfig:
     ``adapters``: bytes of adapters that sessions may bring along, 0 to apply none.
     ``recheck``: compare a block with a recorded sample before any is served.
     ``prefetch``: bytes of ``disk`` that blocks fetched before anybody asks for them may take, 0 for none, None for a
-    quarter of what is left; ``prefetch_rate``: bytes per second for them, None for a quarter of what was measured.
+    quarter of what is left; ``prefetch_rate``: bytes per second for them, None for a quarter of the fastest rate seen.
     """
 
     data: Path = field(default_factory=default_data)

@@ -22,7 +22,7 @@ from torrentlm.manifest.manifest import FileEntry
 from torrentlm.node.membership import Membership
 from torrentlm.node.parts import Parts
 from torrentlm.records import Span
-from torrentlm.route.prefetch import Fetch, Limits, View, copies_of_others, plan
+from torrentlm.route.prefetch import Fetch, Limits, View, copies_of_others, in_use, plan
 from torrentlm.route.requests import Requests
 from torrentlm.structured import single_error
 from torrentlm.swarm.disk_cache import Kept
@@ -35,7 +35,8 @@ PLAN_EVERY_S = 15.0
 MEASURE_EVERY_S = 1.0
 SHARE = 4
 """One part in so many of the fastest rate seen, and of the disk that is left, is for prefetching."""
-UNMEASURED_RATE = 250_000
+LEAST_RATE = 250_000
+"""Bytes per second that prefetching may take in any case: what little was fetched so far says little of the link."""
 STALL_S = 120.0
 """A block of which nothing has come for so long gives way to the next one."""
 SET_ASIDE_S = 600.0
@@ -98,7 +99,7 @@ class Prefetcher:
     def rate(self) -> int:
         """Bytes per second that prefetching may download."""
         configured = self._parts.config.prefetch_rate
-        return configured if configured is not None else self._fastest // SHARE or UNMEASURED_RATE
+        return configured if configured is not None else max(LEAST_RATE, self._fastest // SHARE)
 
     # -- deciding
 
@@ -112,9 +113,11 @@ class Prefetcher:
         free = space.room(besides=kept)  # without evicting anything
         budget = self._parts.config.prefetch
         budget = (free + taken) // SHARE if budget is None else budget
-        self._aside = {name: until for name, until in self._aside.items() if until > now}
-        here = {name for name in kept if self._parts.store.holds(name)} | space.promised | self._aside.keys()
+        here = {name for name in kept if self._parts.store.holds(name)}
         views = {model: self._view(each) for model, each in self._memberships.items() if each.ready and each.holds}
+        space.used(in_use(views, self._requests, here, now))
+        self._aside = {name: until for name, until in self._aside.items() if until > now}
+        here |= space.promised | self._aside.keys()
         oldest = sorted(prefetched, key=lambda name: prefetched[name].used)
         limits = Limits(min(free, budget - taken), self.rate)
         return plan(views, self._requests, here, oldest, limits, now)
@@ -145,16 +148,15 @@ class Prefetcher:
         files = [file for file in membership.manifest.block_files(first.block) if file.name in first.files]
         await self._parts.shelf.evict(first.displaces)
         self._remember(self._names - set(first.displaces) | set(first.files))
-        until = trio.current_time() + SET_ASIDE_S
-        self._aside |= dict.fromkeys(first.files, until)  # unless it comes
+        aside = frozenset(first.files)  # unless they come
+        self._aside |= dict.fromkeys(aside, trio.current_time() + SET_ASIDE_S)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch, membership, files, nursery.cancel_scope)
             await membership.files.fetch(files, urgency=Urgency.BACKGROUND)
-            for name in first.files:
+            for name in aside:
                 self._aside.pop(name, None)
             nursery.cancel_scope.cancel()
-            return True
-        return False
+        return not aside.intersection(self._aside)
 
     async def _watch(self, membership: Membership, files: Sequence[FileEntry], scope: trio.CancelScope) -> None:
         """Cancel ``scope`` when nothing comes, though nothing keeps it from coming."""

@@ -8,12 +8,13 @@ Blocks are wanted in this order; within a reason, those of the higher score firs
 4. **rare**: blocks with few copies in the swarm, those with the fewest first
 
 The same order says what a block is worth that is here already. What is fetched displaces only what is worth less: a
-lower reason, or under the same reason at most half the score, so that two equals do not chase each other out.
+lower reason, or under the same reason at most a quarter of the score. Neither equals nor what is only counted a little
+differently chase each other out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -26,10 +27,10 @@ from torrentlm.route.requests import Requests
 AHEAD = 8
 """Blocks behind a route seen, and on each side of a span held, that are wanted."""
 LIKELY = 0.02
-"""From this probability on a block is expected."""
+"""From this probability on a block is fetched because it is expected; 1 / CLEARLY of it keeps one that is here."""
 ENOUGH_COPIES = 3
 """A block that so many others have is not rare."""
-CLEARLY = 2.0
+CLEARLY = 4.0
 """By this factor a score must be higher to displace one under the same reason."""
 
 
@@ -94,6 +95,8 @@ class Fetch:
 
 
 Block = tuple[bytes, int]
+LEAST = {reason: Worth(reason, LIKELY if reason is Reason.EXPECTED else 0.0) for reason in Reason}
+"""What a block must be worth to be fetched; what is here and worth a little less stays."""
 
 
 def copies_of_others(snapshot: Snapshot, blocks: int) -> list[int]:
@@ -126,7 +129,7 @@ def _reasons(models: Mapping[bytes, View], requests: Requests, now: float) -> It
                 yield (model, span.last + distance), Worth(Reason.ADJACENT, 1 / distance)
                 yield (model, span.first - distance), Worth(Reason.ADJACENT, 1 / distance)
     for likely, chance in _expected(models, requests).items():
-        if chance >= LIKELY:
+        if chance >= LIKELY / CLEARLY:
             yield likely, Worth(Reason.EXPECTED, chance)
     for age, (model, span) in enumerate(requests.routes(now)):
         if model in models:
@@ -177,7 +180,7 @@ def plan(
         if total >= limits.rate * limits.horizon_s:
             break
         missing = {name: size for name, size in models[model].files[block].items() if name not in taken}
-        if not missing or not models[model].copies[block]:
+        if not missing or not models[model].copies[block] or found[model, block] < LEAST[found[model, block].reason]:
             continue
         size = sum(missing.values())
         out = _make_room(size - left, spare, sizes, of_file, found[model, block])
@@ -189,6 +192,20 @@ def plan(
         taken |= missing.keys()
         fetches.append(Fetch(model, block, tuple(missing), size, found[model, block], out))
     return fetches
+
+
+def in_use(models: Mapping[bytes, View], requests: Requests, here: Set[str], now: float) -> list[str]:
+    """Files that are here and that a route needs or that are expected, the least of them first.
+
+    They are to count as used now wherever the longest unused goes: what will be asked for is no better for having been
+    fetched long ago.
+    """
+    of_file: dict[str, Worth] = {}
+    for (model, block), worth in worths(models, requests, now).items():
+        if worth.reason in (Reason.ROUTE, Reason.EXPECTED):
+            for name in here & models[model].files[block].keys():
+                of_file[name] = max(of_file.get(name, Worth()), worth)
+    return sorted(of_file, key=lambda name: of_file[name])
 
 
 def _make_room(

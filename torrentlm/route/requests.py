@@ -15,8 +15,8 @@ from torrentlm.records import Span
 Ask = tuple[bytes, Span]
 """A request: the model's v2 info-hash, and the blocks that a session wants of it."""
 
-HALF_LIFE_S = 2 * 3600.0
-"""Popularity changes with the hours; see docs/prefetch.md for what longer and shorter memories give."""
+HALF_LIFE_S = 8 * 3600.0
+"""Popularity changes with the hours, and takes hours to be known; docs/prefetch.md compares."""
 MAX_ASKS = 64
 MAX_FOLLOWERS = 16
 MAX_ROUTES = 8

@@ -16,6 +16,7 @@ from torrentlm.route.prefetch import (
     View,
     Worth,
     copies_of_others,
+    in_use,
     plan,
     worths,
 )
@@ -88,6 +89,34 @@ def test_equals_do_not_chase_each_other_out():
     full = Limits(room=0, rate=10**9)
     assert plan(models, Requests(), {"x"}, ["x"], full, 0.0) == []
     assert plan(models, Requests(), {"y"}, ["y"], full, 0.0) == []
+
+
+def test_what_is_a_little_less_likely_than_what_is_fetched_stays():
+    requests = Requests(backoff=1e12)
+    for _ in range(3):
+        requests.saw(A, Span(0, 0), 0.0)
+    for _ in range(7):
+        requests.saw(B, Span(0, 0), 0.0)
+    models = {A: view(A, 1), B: view(B, 1)}
+    full = Limits(room=0, rate=10**9)
+    assert plan(models, requests, {"a0"}, ["a0"], full, LATER) == []
+    for _ in range(7):
+        requests.saw(B, Span(0, 0), 0.0)
+    assert names(plan(models, requests, {"a0"}, ["a0"], full, LATER)) == ["b0"]
+
+
+def test_what_is_hardly_likely_is_not_fetched():
+    requests = asked((A, Span(0, 0)), *[(B, Span(0, 0))] * 100)
+    models = {A: view(A, 1), B: view(B, 1)}
+    assert names(plan(models, requests, (), [], PLENTY, LATER)) == ["b0"]
+
+
+def test_what_routes_need_or_requests_make_likely_counts_as_used():
+    requests = asked(*[(A, Span(0, 0))] * 5, *[(B, Span(0, 0))] * 50)
+    models = {A: view(A, 3, Span(0, 0)), B: view(B, 3, copies=1)}
+    here = {"a0", "a1", "b0", "b2"}
+    assert in_use(models, requests, here, LATER) == ["a0", "b0"]
+    assert in_use(models, requests, here, 1.0) == ["a1", "a0", "b2", "b0"]
 
 
 def test_a_file_of_two_blocks_is_fetched_once_and_worth_the_better():
