@@ -58,9 +58,7 @@ async def open_node(
     async with trio.open_nursery() as nursery:
         gateway = Gateway(identity, host="127.0.0.1", port=port)
         await nursery.start(gateway.run)
-        swarm = Swarm(
-            gateway.proxy, identity, bootstrap, download_limit=download_limit, upload_limit=upload_limit
-        )
+        swarm = Swarm(gateway.proxy, identity, bootstrap, download_limit=download_limit, upload_limit=upload_limit)
         await nursery.start(swarm.run)
         gateway.torrents = swarm
         try:
