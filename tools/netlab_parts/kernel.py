@@ -29,7 +29,13 @@ def command(*words: str) -> str:
     environment = os.environ | {"PATH": PATH, "LC_ALL": "C"}
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=COMMAND_S, check=False, env=environment, stdin=subprocess.DEVNULL
+            words,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+            check=False,
+            env=environment,
+            stdin=subprocess.DEVNULL,
         )
     except FileNotFoundError:
         raise LabError(f"the command {words[0]} is missing: install it (Debian's package iproute2)") from None
@@ -38,7 +44,9 @@ def command(*words: str) -> str:
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).partition("\n")[0]
         if any(text in said for text in _MISSING_RIGHTS):
-            raise LabError(f"making network namespaces needs root, with the right to mount and to set up networks ({said})")
+            raise LabError(
+                f"making network namespaces needs root, with the right to mount and to set up networks ({said})"
+            )
         raise LabError(f"{' '.join(words)} failed: {said}")
     return done.stdout
 

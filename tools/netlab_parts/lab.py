@@ -126,7 +126,9 @@ class Lab:
     def add_host(self, name: str, up: int | None = None, down: int | None = None) -> Host:
         """A new host with the subnet's next address; rates in bits per second."""
         if not _NAME.fullmatch(name) or name in self.hosts or name == "bridge":
-            raise LabError(f"{name!r} cannot be a new host's name: up to 12 small letters, digits and dashes, each once")
+            raise LabError(
+                f"{name!r} cannot be a new host's name: up to 12 small letters, digits and dashes, each once"
+            )
         try:
             address = next(self._addresses)
         except StopIteration:
@@ -136,7 +138,21 @@ class Lab:
             self._add_namespace(host.namespace)
             inside, outside = ("-n", host.namespace), ("-n", self.switch)
             kernel.command(
-                *("ip", *outside, "link", "add", "name", name, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
+                *(
+                    "ip",
+                    *outside,
+                    "link",
+                    "add",
+                    "name",
+                    name,
+                    "type",
+                    "veth",
+                    "peer",
+                    "name",
+                    "eth0",
+                    "netns",
+                    host.namespace,
+                )
             )
             kernel.command("ip", *outside, "link", "set", "dev", name, "master", "bridge", "up")
             kernel.command("ip", *inside, "address", "add", f"{address}/{self.subnet.prefixlen}", "dev", "eth0")
@@ -185,9 +201,7 @@ def end(process: subprocess.Popen[Any], grace: float = GRACE_S) -> None:
 def measured_rate(sender: Host, receiver: Host, seconds: float = 2.0) -> float:
     """Payload of one TCP stream, in bits per second, at the receiver."""
     script = str(Path(__file__).with_name("stream.py"))
-    listening = receiver.start(
-        [sys.executable, script, "receive", receiver.address], stdout=subprocess.PIPE, text=True
-    )
+    listening = receiver.start([sys.executable, script, "receive", receiver.address], stdout=subprocess.PIPE, text=True)
     assert listening.stdout is not None
     try:
         port = listening.stdout.readline().strip()

@@ -14,6 +14,9 @@ from typing import Any
 from torrentlm.config.settings import DTYPES, PRECISIONS, TASKS, Blocks
 from torrentlm.records import Endpoint, Span
 
+MIN_LIMIT = 1000
+"""Bytes per second; less would move a piece in hours, and 0 is what somebody writes who wants none at all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -73,6 +76,13 @@ def _budget(value: object, base: Path) -> int | None:
 
 def _bound(value: object, base: Path) -> int:
     return 0 if value == "off" else parse_size(value)
+
+
+def _limit(value: object, base: Path) -> int:
+    limit = _bound(value, base)
+    if value != "off" and limit < MIN_LIMIT:
+        raise ValueError
+    return limit
 
 
 def _threads(value: object, base: Path) -> int | None:
@@ -167,6 +177,7 @@ TEXT = Kind("a short text", _text)
 PATH = Kind("a path", _path)
 BUDGET = Kind('a size such as "4GB" or "512 MiB", a number of bytes, or "auto"', _budget, _integer)
 BOUND = Kind('a size such as "200MB", a number of bytes, or "off"', _bound, _integer, ("off",))
+LIMIT = Kind('a size per second from "1kB" up, such as "2MB", or "off"', _limit, _integer, ("off",))
 PORT = Kind("a whole number from 0 (any free port) to 65535", _number(0, 65535), _integer)
 COUNT = Kind("a whole number from 1 to 1024", _number(1, 1024), _integer)
 THREADS = Kind('a whole number from 1 to 1024, or "auto"', _threads, _integer, ("auto",))

@@ -24,6 +24,7 @@ from torrentlm.config.kinds import (
     ENDPOINTS,
     FLAG,
     HASHES,
+    LIMIT,
     PATH,
     PORT,
     PRECISION,
@@ -72,6 +73,9 @@ NODE_KEYS = {
     "allow_code": HASHES,
     "adapters": BOUND,
     "recheck": FLAG,
+    "upload": LIMIT,
+    "download": LIMIT,
+    "mirror": FLAG,
 }
 TABLES: dict[str, tuple[str, ...]] = {
     "": ("magnet", "model", "adapter", "node"),

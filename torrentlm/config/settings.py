@@ -74,6 +74,7 @@ class NodeConfig:
     ``allow_code``: hashes of the code of its own that a model may run here.
     ``adapters``: bytes of adapters that sessions may bring along, 0 to apply none.
     ``recheck``: compare a block with a recorded sample before any is served.
+    ``upload``, ``download``: bytes of pieces per second, 0 for no limit. ``mirror``: fetch and seed every file.
     """
 
     data: Path = field(default_factory=default_data)
@@ -92,6 +93,9 @@ class NodeConfig:
     allow_code: tuple[str, ...] = ()
     adapters: int = 0
     recheck: bool = True
+    upload: int = 0
+    download: int = 0
+    mirror: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from torrentlm.records import Span, spans_of
 from torrentlm.swarm.transfer import Transfer
 
 FEED_EVERY_S = 1.0
+FEED_PAUSE_S = 0.1
 DHT_LOOKUP_EVERY_S = 30.0
 PROGRESS_EVERY_S = 0.5
 WAITING_EVERY_S = 5.0
@@ -41,6 +42,7 @@ class BlockFiles:
         self._folder = folder
         self._transfers: dict[str, Transfer] = {}
         self._checked: set[str] = set()
+        self._coming: set[str] = set()
         self.changed = trio.Event()
         """Replaced by another one whenever it is set: more blocks are ready."""
 
@@ -59,7 +61,10 @@ class BlockFiles:
         )
 
     def _is_ready(self, file: FileEntry) -> None:
+        before = self.ready
         self._checked.add(file.name)
+        if new := sorted(self.ready - before):
+            self._parts.say({"event": "blocks", "state": "complete", "blocks": new})
         self.changed.set()
         self.changed = trio.Event()
 
@@ -74,7 +79,7 @@ class BlockFiles:
             if self._parts.store.holds(file.name):
                 self._start(file, verified=True)
                 self._announce(file)
-        self._peers.publish(held=self._spans())
+        self._publish()
 
     async def fetch(self, files: Sequence[FileEntry]) -> None:
         """Return when all ``files`` are complete and verified on disk; they are seeded from then on.
@@ -88,6 +93,8 @@ class BlockFiles:
         missing = [file for file in files if not store.holds(file.name)]
         if not missing:
             return
+        self._coming |= {file.name for file in missing}
+        self._publish()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report, files)
             nursery.start_soon(self._feed, missing)
@@ -110,7 +117,7 @@ class BlockFiles:
             else:
                 store.mark_unverified(file.name)
             done += file.size
-        self._peers.publish(held=self._spans())
+        self._publish()
 
     def _why_nothing_comes(self, files: Sequence[FileEntry]) -> str | None:
         """None while something comes, or while a peer says that it has something that is missing."""
@@ -137,10 +144,13 @@ class BlockFiles:
         self._parts.store.mark_verified(file.name)
         self._is_ready(file)
         self._announce(file)
-        self._peers.publish(held=self._spans())
+        self._coming.discard(file.name)
+        self._publish()
 
-    def _spans(self) -> tuple[Span, ...]:
-        return spans_of(self.held())
+    def _publish(self) -> None:
+        blocks = range(len(self._manifest.blocks))
+        coming = [block for block in blocks if any(f.name in self._coming for f in self._manifest.block_files(block))]
+        self._peers.publish(held=spans_of(self.held()), fetching=spans_of(coming))
 
     def _start(self, file: FileEntry, *, verified: bool) -> Transfer:
         path = self._folder / "blocks" / f"{file.name}.torrent"
@@ -174,9 +184,13 @@ class BlockFiles:
                     if transfer is None or transfer.complete:
                         continue
                     for candidate in candidates:
-                        if any(block in span for span in candidate.held for block in blocks_of[file.name]):
+                        spans = (*candidate.held, *candidate.fetching)
+                        if any(block in span for span in spans for block in blocks_of[file.name]):
                             transfer.connect_peer(candidate.endpoint)
-                await trio.sleep(FEED_EVERY_S)
+                changed = self._peers.heard
+                await trio.sleep(FEED_PAUSE_S)
+                with trio.move_on_after(FEED_EVERY_S - FEED_PAUSE_S):
+                    await changed.wait()
 
     async def _look_up(self, files: Sequence[FileEntry]) -> None:
         """Ordinary clients that seed a block have no record: only the DHT knows of them."""

@@ -213,3 +213,7 @@ class Membership:
         """Get what is missing of ``span``. Raises StorageError, ArtifactError."""
         self.peers.publish(claimed=(span,))
         await self.files.fetch(self.manifest.span_files(span.first, span.last))
+
+    async def mirror(self) -> None:
+        """Get whatever is missing of the whole model. Raises StorageError, ArtifactError."""
+        await self.files.fetch(self.manifest.files)

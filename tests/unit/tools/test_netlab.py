@@ -54,7 +54,9 @@ def test_there_is_no_way_out() -> None:
 
 
 def test_a_process_that_ignores_its_end_is_gone_with_the_lab() -> None:
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    )
     with pytest.raises(ZeroDivisionError), Lab() as lab:
         lab.grace = 0.2
         process = lab.add_host("host").start([sys.executable, "-c", code], stdout=subprocess.PIPE)
