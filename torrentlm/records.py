@@ -97,7 +97,8 @@ class PeerRecord:
     those that it has in memory and serves, ``offered`` those that it serves, too, but may have to load first,
     ``claimed`` those that it is fetching to serve. ``memory_free`` in bytes; ``block_ms`` is its measured time for one
     layer block and one token, in milliseconds (0: not measured yet). ``sequence`` grows with every change.
-    ``adapters``: bytes of adapters that it takes for sessions (0: it applies none).
+    ``adapters``: bytes of adapters that it takes for sessions (0: it applies none). ``fetching``: blocks of which
+    pieces are still to come, whatever it wants them for.
     """
 
     node: NodeKey
@@ -114,6 +115,7 @@ class PeerRecord:
     sessions: int = 0
     adapters: int = 0
     offered: tuple[Span, ...] = ()
+    fetching: tuple[Span, ...] = ()
 
 
 RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {

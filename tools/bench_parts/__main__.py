@@ -1,7 +1,7 @@
 """The front of ``tools/bench``: runs one part, prints a table or, with ``--json``, one object.
 
 A part is a file beside this one with ``run(runs: int, ...) -> dict``; its other parameters are options of the command
-line, with the same defaults. The dict has ``ours``, ``reference`` and ``ratio``
+line, with the same defaults (flags, if they are bools). The dict has ``ours``, ``reference`` and ``ratio``
 (medians; ``unit`` says of what), ``runs`` (what is behind them) and whatever else the part measures.
 """
 
@@ -15,7 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PARTS = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+sys.path.append(str(Path(__file__).parents[1]))  # netlab_parts
+
+PARTS = sorted(path.stem.replace("_", "-") for path in Path(__file__).parent.glob("[a-z]*.py"))
+RUNS = 5
 
 
 def main() -> int:
@@ -36,11 +39,16 @@ def main() -> int:
 
 
 def add_part(parser: argparse.ArgumentParser, name: str) -> None:
-    run = importlib.import_module(name).run
+    run = importlib.import_module(name.replace("-", "_")).run
+    runs, *options = inspect.signature(run).parameters.values()
+    default = RUNS if runs.default is runs.empty else runs.default
     parser.set_defaults(run=run)
-    parser.add_argument("--runs", type=int, default=5, help="runs to take the median of")
+    parser.add_argument("--runs", type=int, default=default, help="runs to take the median of")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    for option in list(inspect.signature(run).parameters.values())[1:]:
+    for option in options:
+        if isinstance(option.default, bool):
+            parser.add_argument(f"--{option.name}", action="store_true", help=" ")
+            continue
         parser.add_argument(f"--{option.name}", type=type(option.default), default=option.default, help=" ")
 
 

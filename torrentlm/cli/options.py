@@ -47,6 +47,11 @@ _MACHINE: tuple[Decorator, ...] = (
     click.option("--threads", type=int, metavar="N", help="Compute threads. [default: one per core]"),
 )
 _SERVING: tuple[Decorator, ...] = (
+    click.option("--upload", metavar="SIZE", help="Bytes of pieces to send per second. [default: off]"),
+    click.option("--download", metavar="SIZE", help="Bytes of pieces to receive per second. [default: off]"),
+    click.option(
+        "--mirror/--no-mirror", default=None, help="Fetch and seed every file, of blocks that are not run, too."
+    ),
     click.option("--lease", type=float, metavar="SECONDS", help="How long a silent client's memory is kept."),
     _ALLOW_CODE,
     click.option(

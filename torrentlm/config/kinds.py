@@ -14,6 +14,9 @@ from typing import Any
 from torrentlm.config.settings import DTYPES, PRECISIONS, TASKS, Blocks
 from torrentlm.records import Endpoint, Span
 
+MIN_LIMIT = 1000
+"""Bytes per second; less would move a piece in hours, and 0 is what somebody writes who wants none at all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -84,6 +87,13 @@ def _rate(value: object, base: Path) -> int | None:
     if rate == 0:
         raise ValueError('to fetch nothing ahead, say prefetch = "off"')
     return rate
+
+
+def _limit(value: object, base: Path) -> int:
+    limit = _bound(value, base)
+    if value != "off" and limit < MIN_LIMIT:
+        raise ValueError
+    return limit
 
 
 def _threads(value: object, base: Path) -> int | None:
@@ -180,6 +190,7 @@ BUDGET = Kind('a size such as "4GB" or "512 MiB", a number of bytes, or "auto"',
 BOUND = Kind('a size such as "200MB", a number of bytes, or "off"', _bound, _integer, ("off",))
 SHARE = Kind('a size such as "4GB" or "512 MiB", a number of bytes, "auto" or "off"', _share, _integer, ("auto", "off"))
 RATE = Kind('a size per second such as "1MB", a number of bytes, or "auto"', _rate, _integer, ("auto",))
+LIMIT = Kind('a size per second from "1kB" up, such as "2MB", or "off"', _limit, _integer, ("off",))
 PORT = Kind("a whole number from 0 (any free port) to 65535", _number(0, 65535), _integer)
 COUNT = Kind("a whole number from 1 to 1024", _number(1, 1024), _integer)
 THREADS = Kind('a whole number from 1 to 1024, or "auto"', _threads, _integer, ("auto",))

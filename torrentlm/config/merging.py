@@ -24,6 +24,7 @@ from torrentlm.config.kinds import (
     ENDPOINTS,
     FLAG,
     HASHES,
+    LIMIT,
     PATH,
     PORT,
     PRECISION,
@@ -76,6 +77,9 @@ NODE_KEYS = {
     "recheck": FLAG,
     "prefetch": SHARE,
     "prefetch_rate": RATE,
+    "upload": LIMIT,
+    "download": LIMIT,
+    "mirror": FLAG,
 }
 TABLES: dict[str, tuple[str, ...]] = {
     "": ("magnet", "model", "adapter", "node"),

@@ -76,6 +76,7 @@ class NodeConfig:
     ``recheck``: compare a block with a recorded sample before any is served.
     ``prefetch``: bytes of ``disk`` that blocks fetched before anybody asks for them may take, 0 for none, None for a
     quarter of what is left; ``prefetch_rate``: bytes per second for them, None for a quarter of the fastest rate seen.
+    ``upload``, ``download``: bytes of pieces per second, 0 for no limit. ``mirror``: fetch and seed every file.
     """
 
     data: Path = field(default_factory=default_data)
@@ -96,6 +97,9 @@ class NodeConfig:
     recheck: bool = True
     prefetch: int | None = None
     prefetch_rate: int | None = None
+    upload: int = 0
+    download: int = 0
+    mirror: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,14 @@ from torrentlm.records import Span, spans_of
 from torrentlm.swarm.transfer import Urgency
 
 FEED_EVERY_S = 1.0
+FEED_PAUSE_S = 0.1
 DHT_LOOKUP_EVERY_S = 30.0
 PROGRESS_EVERY_S = 0.5
 WAITING_EVERY_S = 5.0
+AT_ONCE = 4
+"""Files that come at a time."""
+BEGIN_S = 3.0
+TURN_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,8 @@ class BlockFiles:
         self._manifest = manifest
         self._folder = folder
         self._shelf = parts.shelf
+        self._coming: set[str] = set()
+        self._said: frozenset[int] = frozenset()
         self.changed = trio.Event()
         """Replaced by another one whenever it is set: other blocks are ready than before."""
         self._shelf.watch(self._publish)
@@ -100,15 +107,21 @@ class BlockFiles:
             missing = [file for file in files if not store.holds(file.name)]
             if not missing:
                 return
+            names = {file.name for file in missing}
+            self._coming |= names
+            self._publish()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._feed, missing)
                 if urgency is not Urgency.BACKGROUND:
                     nursery.start_soon(self._report, files)
                     nursery.start_soon(say_waiting, self._parts.say, partial(self._why_nothing_comes, missing))
-                async with trio.open_nursery() as fetching:
-                    for file in missing:
-                        fetching.start_soon(self._fetch_file, file, urgency)
+                try:
+                    async with trio.open_nursery() as fetching:
+                        await self._fetch_in_turn(missing, urgency, fetching)
+                finally:
+                    self._coming -= names
                 nursery.cancel_scope.cancel()
+            self._publish()
 
     async def hash(self, blocks: Collection[int]) -> list[FileEntry]:
         """Hash what is on disk of these blocks now; the files that are damaged, which are withdrawn."""
@@ -136,6 +149,25 @@ class BlockFiles:
             "start a node that has them, or name one with --peer HOST:PORT"
         )
 
+    async def _fetch_in_turn(self, files: Sequence[FileEntry], urgency: Urgency, nursery: trio.Nursery) -> None:
+        """Few at a time, so that the first can be used while others have not begun. One that nobody sends counts no
+        more after a while, and comes when somebody does.
+        """
+        begun: dict[str, float] = {}
+
+        def is_moving(name: str) -> bool:
+            if self._parts.store.holds(name):
+                return False
+            transfer = self._shelf.transfers.get(name)
+            young = trio.current_time() - begun[name] < BEGIN_S
+            return young or (transfer is not None and transfer.progress.download_rate > 0)
+
+        for file in files:
+            begun[file.name] = trio.current_time()
+            nursery.start_soon(self._fetch_file, file, urgency)
+            while sum(map(is_moving, begun)) >= AT_ONCE:  # noqa: ASYNC110
+                await trio.sleep(TURN_EVERY_S)
+
     async def _fetch_file(self, file: FileEntry, urgency: Urgency) -> None:
         store, shelf = self._parts.store, self._shelf
         if (running := shelf.transfers.get(file.name)) is not None and urgency > running.urgency:
@@ -159,7 +191,13 @@ class BlockFiles:
                     transfer.resume()
 
     def _publish(self) -> None:
-        self._peers.publish(held=spans_of(self.held()))
+        blocks = range(len(self._manifest.blocks))
+        coming = [block for block in blocks if any(f.name in self._coming for f in self._manifest.block_files(block))]
+        held = self.ready
+        self._peers.publish(held=spans_of(held), fetching=spans_of(set(coming) - held))
+        if self._coming and (new := sorted(held - self._said)):
+            self._parts.say({"event": "blocks", "state": "complete", "blocks": new})
+        self._said = held
         self.changed.set()
         self.changed = trio.Event()
 
@@ -179,9 +217,13 @@ class BlockFiles:
                     if transfer is None or transfer.complete:
                         continue
                     for candidate in candidates:
-                        if any(block in span for span in candidate.held for block in blocks_of[file.name]):
+                        spans = (*candidate.held, *candidate.fetching)
+                        if any(block in span for span in spans for block in blocks_of[file.name]):
                             transfer.connect_peer(candidate.endpoint)
-                await trio.sleep(FEED_EVERY_S)
+                changed = self._peers.heard
+                await trio.sleep(FEED_PAUSE_S)
+                with trio.move_on_after(FEED_EVERY_S - FEED_PAUSE_S):
+                    await changed.wait()
 
     async def _look_up(self, files: Sequence[FileEntry]) -> None:
         """Ordinary clients that seed a block have no record: only the DHT knows of them."""

@@ -229,3 +229,8 @@ class Membership:
         self.peers.publish(claimed=(span,))
         self.files.keep(span)
         await self.files.fetch(self.manifest.span_files(span.first, span.last))
+
+    async def mirror(self) -> None:
+        """Get whatever is missing of the whole model. Raises StorageError, ArtifactError."""
+        self.files.keep(Span(0, len(self.manifest.blocks) - 1))
+        await self.files.fetch(self.manifest.files)

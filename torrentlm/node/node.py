@@ -88,10 +88,14 @@ class Node:
         return membership
 
     async def hold(self, membership: Membership) -> None:
-        """Hold the blocks that the settings ask for, and serve them."""
+        """Hold the blocks that the settings ask for, and serve them; a mirror has every file then."""
         span = await membership.choose()
-        if span is None:
-            return
+        if span is not None:
+            await self._serve(membership, span)
+        if self.parts.config.mirror:
+            await membership.mirror()
+
+    async def _serve(self, membership: Membership, span: Span) -> None:
         await trio.to_thread.run_sync(require_allowed, membership.folder, self.parts.config.allow_code)
         with single_error():
             async with trio.open_nursery() as nursery:
@@ -108,6 +112,7 @@ class Node:
                 if len(blocks) == len(waiting):  # until then it is fetching that takes the time
                     self.parts.say({"event": "progress", "what": "loading", "done": 0, "total": 1, "rate": 0})
                 await self._add(computing, served, blocks)
+                self.parts.say({"event": "blocks", "state": "served", "blocks": blocks})
             else:
                 await changed.wait()
         await computing.settle(served)
@@ -308,7 +313,8 @@ async def open_node(
         async with open_services() as start:
             gateway = Gateway(identity, host=config.host, port=config.port)
             await start(gateway.run)
-            swarm = Swarm(gateway.proxy, identity, bootstrap)
+            limits = {"download_limit": config.download, "upload_limit": config.upload}
+            swarm = Swarm(gateway.proxy, identity, bootstrap, **limits)
             await start(swarm.run)
             gateway.torrents = swarm
             async with trio.open_nursery() as nursery:

@@ -7,6 +7,7 @@ looked up in the DHT (BEP 44).
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from torrentlm.errors import NetworkError, RemoteProtocolError
 from torrentlm.gateway.pipe import Pipe
 from torrentlm.node.parts import Parts
 from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord
-from torrentlm.route.registry import Registry, Snapshot
+from torrentlm.route.registry import Candidate, Registry, Snapshot
 from torrentlm.swarm.addresses import is_address
 from torrentlm.swarm.discovery import Discovery, Source
 from torrentlm.wire.messages import Contact, Message, Peers, Record
@@ -29,8 +30,15 @@ MAX_GOSSIP = 32
 MAX_KEYS = 1000
 RECORD_EVERY_S = 0.5
 """Changes of our record within this time go out as one."""
+INTRODUCE_PAUSE_S = 0.1
+INTRODUCE_TO = 16
+"""So many peers hear from us of one that begins to have blocks: who hears of it connects and knows the next."""
 PUT_EVERY_S = 45 * 60.0
 """DHT nodes drop an item that was not put again for two hours, and come and go themselves; BEP 44 advises an hour."""
+
+
+def contact_of(peer: Candidate) -> Contact:
+    return Contact(peer.node, peer.endpoint.host, peer.endpoint.port)
 
 
 class ModelPeers:
@@ -45,6 +53,9 @@ class ModelPeers:
         self._discovery = Discovery(own=parts.gateway.is_own)
         self._meeting = trio.CapacityLimiter(MEET_AT_ONCE)
         self._keys: dict[Endpoint, NodeKey] = {}
+        self._introduced: set[NodeKey] = set()
+        self.heard = trio.Event()
+        """Replaced by another one whenever it is set: a peer said something new of itself."""
 
     @property
     def record(self) -> PeerRecord:
@@ -95,20 +106,23 @@ class ModelPeers:
 
     def _gossip(self, to: NodeKey) -> tuple[Contact, ...]:
         others = (other for other in self.snapshot().candidates if other.node != to and other.has_blocks)
-        return tuple(Contact(other.node, other.endpoint.host, other.endpoint.port) for other in others)[:MAX_GOSSIP]
+        return tuple(map(contact_of, others))[:MAX_GOSSIP]
 
     def parted(self, node: NodeKey) -> None:
         """A pipe to ``node`` ended; a newer one may have taken its place."""
         newer = self._parts.gateway.pipes.get(node)
         if newer is not None and not newer.closed.is_set():
             return
+        self._introduced.discard(node)
         self.registry.disconnected(node)
 
     def hear(self, sender: NodeKey, message: Message) -> None:
         """A Record or Peers message of ``sender``. A peer speaks for itself only."""
         match message:
             case Record(record) if record.model == self._record.model and record.node == sender:
-                self.registry.record(record)
+                if self.registry.record(record):
+                    self.heard.set()
+                    self.heard = trio.Event()
             case Peers(entries):
                 self.learn([entry.endpoint for entry in entries], Source.GOSSIP)
                 self._keys |= {entry.endpoint: entry.node for entry in entries if is_address(entry.endpoint.host)}
@@ -123,6 +137,7 @@ class ModelPeers:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._look_up)
             nursery.start_soon(self._spread_record)
+            nursery.start_soon(self._introduce)
             while True:
                 for endpoint in self._discovery.due(trio.current_time(), MEET_AT_ONCE):
                     nursery.start_soon(self._meet, endpoint)
@@ -158,6 +173,22 @@ class ModelPeers:
         while True:
             self.learn(await dht.find_peers(self._hashes, DHT_LOOKUP_S), Source.DHT)
             await trio.sleep(DHT_LOOKUP_EVERY_S)
+
+    async def _introduce(self) -> None:
+        """Tell peers of one another when they begin to fetch: at their greeting they had nothing to be known for."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                heard = self.heard
+                others = [peer for peer in self.snapshot().candidates if peer.has_blocks]
+                new = [peer for peer in others if peer.node not in self._introduced]
+                self._introduced |= {peer.node for peer in new}
+                for peer in random.sample(others, min(len(others), INTRODUCE_TO)) if new else ():
+                    entries = tuple(contact_of(other) for other in new if other is not peer)[:MAX_GOSSIP]
+                    pipe = self._parts.gateway.pipes.get(peer.node)
+                    if entries and pipe is not None:
+                        nursery.start_soon(self._tell, pipe, Peers(entries))
+                await trio.sleep(INTRODUCE_PAUSE_S)
+                await heard.wait()
 
     async def _spread_record(self) -> None:
         async with trio.open_nursery() as nursery:

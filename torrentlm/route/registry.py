@@ -42,6 +42,7 @@ class Candidate:
     held: tuple[Span, ...] = ()
     claimed: tuple[Span, ...] = ()
     offered: tuple[Span, ...] = ()
+    fetching: tuple[Span, ...] = ()
     rtt_s: float | None = None
     block_s: float | None = None
     sessions: int = 0
@@ -51,7 +52,7 @@ class Candidate:
     @property
     def has_blocks(self) -> bool:
         """Whether it serves, has on disk, or is fetching any block; clients do not."""
-        return bool(self.resident or self.held or self.claimed)
+        return bool(self.resident or self.held or self.claimed or self.fetching)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,7 @@ class Registry:
                 held=peer.record.held,
                 claimed=peer.record.claimed,
                 offered=peer.record.offered,
+                fetching=peer.record.fetching,
                 rtt_s=peer.rtt_s,
                 block_s=peer.record.block_ms / 1000 or None,
                 sessions=peer.record.sessions,

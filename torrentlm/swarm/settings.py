@@ -50,6 +50,8 @@ def transfer_settings() -> Settings:
         "tick_interval": TICK_MS,
         "min_reconnect_time": 2,
         "max_failcount": 31,
+        "request_queue_time": 1,
+        "initial_picker_threshold": 0,
         # Bigger queues than for home lines: the other end may be on loopback or a fast network.
         "max_out_request_queue": 1500,
         "max_allowed_in_request_queue": 2000,

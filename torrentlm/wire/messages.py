@@ -68,6 +68,7 @@ _record = Struct(
     sessions=_block,
     adapters=_u63,
     offered=Array(_span, 256),
+    fetching=Array(_span, 256),
 )
 _adapter = Struct(AdapterId, v1=Bytes(20), v2=Bytes(32))
 _sampling = Struct(
