@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import trio
+
 from tests.swarm.nodes import BareNode, open_node
 from torrentlm.manifest.manifest import FileEntry
 from torrentlm.manifest.torrent import Torrent
@@ -38,14 +40,15 @@ class Others:
     def __init__(self, model: bytes, endpoints: Sequence[Endpoint]) -> None:
         self.record = SimpleNamespace(model=model)
         self.held: tuple[Span, ...] = ()
+        self.heard = trio.Event()
         every = (Span(0, 999),)
-        candidates = [SimpleNamespace(endpoint=endpoint, held=every) for endpoint in endpoints]
+        candidates = [SimpleNamespace(endpoint=endpoint, held=every, fetching=()) for endpoint in endpoints]
         self._snapshot = SimpleNamespace(candidates=candidates, answered=len(candidates), known=len(candidates))
 
     def snapshot(self) -> Any:
         return self._snapshot
 
-    def publish(self, *, held: tuple[Span, ...]) -> None:
+    def publish(self, *, held: tuple[Span, ...], fetching: tuple[Span, ...]) -> None:
         self.held = held
 
 
