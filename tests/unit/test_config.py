@@ -34,6 +34,7 @@ FULL = """
 name = "Tiny"
 layers_per_block = 2
 dtype = "BF16"
+floor = "INT8"
 
 [model.source]
 package = "tiny_package"
@@ -50,6 +51,7 @@ ram = "4GB"
 vram = "512 MiB"
 disk = 1000
 precision = "BF16"
+precision_of = { "4" = "INT4", "1-3" = "INT8" }
 threads = 2
 lease = 30
 """
@@ -78,7 +80,7 @@ def test_every_key_is_read(tmp_path: Path):
     settings = from_toml(FULL, tmp_path)
     assert settings.magnet is None
     assert settings.recipe == Recipe(
-        "Tiny", package="tiny_package", file="weights.gguf", layers_per_block=2, dtype="BF16"
+        "Tiny", package="tiny_package", file="weights.gguf", layers_per_block=2, dtype="BF16", floor="INT8"
     )
     assert settings.node == NodeConfig(
         data=tmp_path / "swarm-data",
@@ -91,6 +93,7 @@ def test_every_key_is_read(tmp_path: Path):
         vram=512 << 20,
         disk=1000,
         precision="BF16",
+        precision_of=((Span(1, 3), "INT8"), (Span(4, 4), "INT4")),
         threads=2,
         lease=30.0,
     )
@@ -151,6 +154,8 @@ def test_lists_replace_each_other():
         ("vram", "auto", None),
         ("disk", "12", 12),
         ("precision", "F32", "F32"),
+        ("precision", "INT4", "INT4"),
+        ("precision_of", "1-3=INT8, 5=BF16", ((Span(1, 3), "INT8"), (Span(5, 5), "BF16"))),
         ("threads", "4", 4),
         ("threads", "auto", None),
         ("lease", "2.5", 2.5),
@@ -211,6 +216,9 @@ def test_unknown_keys_name_table_and_nearest(text: str, says: list[str], tmp_pat
         ('ram = "4 apples"', ["ram in [node]", "4GB"]),
         ("ram = -1", ["ram in [node]", "not the number -1"]),
         ('precision = "BF61"', ["precision in [node]", 'did you mean "BF16"?']),
+        ('precision_of = { "1-3" = "INT3" }', ["precision_of in [node]", "a table of blocks"]),
+        ('precision_of = { "1-3" = "INT8", "3" = "INT4" }', ["precision_of in [node]", "overlap"]),
+        ('precision_of = "INT8"', ["precision_of in [node]", "a table of blocks"]),
         (f'allow_code = ["{"a" * 63}"]', ["allow_code in [node]", "64 hexadecimal digits"]),
         ("threads = 0", ["threads in [node]", "from 1 to 1024"]),
         ("lease = 0", ["lease in [node]", "seconds"]),

@@ -43,7 +43,8 @@ _MACHINE: tuple[Decorator, ...] = (
     click.option("--ram", metavar="SIZE", help="Memory budget, such as 4GB."),
     click.option("--vram", metavar="SIZE", help="Memory budget of each accelerator."),
     click.option("--disk", metavar="SIZE", help="Disk budget."),
-    click.option("--precision", metavar="|".join(PRECISIONS), help="What to compute in."),
+    click.option("--precision", metavar="|".join(PRECISIONS), help="What to keep and compute weights in."),
+    click.option("--precision-of", metavar="A-B=NAME,…", help="Another precision for some blocks."),
     click.option("--threads", type=int, metavar="N", help="Compute threads. [default: one per core]"),
 )
 _SERVING: tuple[Decorator, ...] = (

@@ -14,7 +14,7 @@ from torrentlm.compute.cache import SpanCache
 from torrentlm.compute.inputs import Encoded
 from torrentlm.compute.span import SpanRunner
 from torrentlm.compute.split import Hints, Split
-from torrentlm.compute.weights import Names
+from torrentlm.compute.weights import Names, Quantization
 from torrentlm.errors import UnsupportedModelError
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.records import Span
@@ -53,7 +53,12 @@ class Part:
     files: tuple[tuple[Path, Names], ...]
 
     def runner(
-        self, config: PretrainedConfig, split: Split, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        config: PretrainedConfig,
+        split: Split,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        quantization: Quantization | None = None,
     ) -> SpanRunner:
         """What runs it. Raises as SpanRunner does."""
         return SpanRunner(
@@ -66,6 +71,7 @@ class Part:
             weights=self.files,
             dtype=dtype,
             device=device,
+            quantization=quantization,
         )
 
 

@@ -10,7 +10,7 @@ knows any architecture.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,11 +38,12 @@ from torrentlm.compute.device import memory_errors
 from torrentlm.compute.inputs import FILLER, Encoded
 from torrentlm.compute.lean import make_lean
 from torrentlm.compute.probe import entry_tensors, put_entries
+from torrentlm.compute.quantization.recipe import matrices
 from torrentlm.compute.sizes import Point
 from torrentlm.compute.skeleton import MODEL_ERRORS, build_skeleton, first_line, replace_parameters
 from torrentlm.compute.split import Split, named_weights, vocabulary_of
 from torrentlm.compute.values import Place, at, flatten, rebuild, replace_at
-from torrentlm.compute.weights import BlockFiles, Weights, attach_weights
+from torrentlm.compute.weights import BlockFiles, Quantization, Weights, attach_weights
 from torrentlm.errors import LocalProtocolError, OutOfMemoryError, RefusedError, RemoteProtocolError
 from torrentlm.wire.messages import Want
 
@@ -50,10 +51,10 @@ from torrentlm.wire.messages import Want
 class SpanRunner:
     """Layers ``first`` to ``last`` (``last = first - 1``: none), with the stem or the head if asked for, on one device.
 
-    ``weights`` are the span's block files; runners in one process share what they load from the same file. One forward
-    at a time: calls from several threads queue up. ``vocabulary``: how many token ids the model knows. The constructor
-    raises ArtifactError for unusable block files, StorageError for unreadable ones, UnsupportedModelError when
-    transformers cannot build the model.
+    ``weights`` are the span's block files, ``quantization`` says which of them are kept in fewer bits; runners in one
+    process share what they load from the same file. One forward at a time: calls from several threads queue up.
+    ``vocabulary``: how many token ids the model knows. The constructor raises ArtifactError for unusable block files,
+    StorageError for unreadable ones, UnsupportedModelError when transformers cannot build the model.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class SpanRunner:
         weights: BlockFiles,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        quantization: Quantization | None = None,
     ) -> None:
         if not 0 <= first <= last + 1 <= split.layers or not (first <= last or has_stem or has_head):
             raise LocalProtocolError(f"layers {first} to {last} are no span of a model of {split.layers} layers")
@@ -81,7 +83,9 @@ class SpanRunner:
         self.device = torch.device(device)
         self._model = build_skeleton(config, self.dtype, self.device)
         known = frozenset(name for name, _ in named_weights(self._model))
-        held = Weights(weights, dtype, self.device, partial(convert_all, self._model, known=known))
+        convert = partial(convert_all, self._model, known=known)
+        eligible = matrices(self._model) if quantization is not None and quantization.kinds else {}
+        held = Weights(weights, dtype, self.device, convert, quantization, eligible)
         self._weights: Weights | None = held
         self._attach(held.tensors)
         self._runs = self._model.get_submodule(split.module)
@@ -99,6 +103,11 @@ class SpanRunner:
             replace_parameters(self._model, lambda name, weight: nn.Parameter(torch.empty(0), requires_grad=False))
             for module in self._model.modules():
                 module._buffers.clear()
+
+    @property
+    def weights(self) -> Collection[torch.Tensor]:
+        """The span's weights, those kept in fewer bits too."""
+        return () if self._weights is None else self._weights.tensors.values()
 
     # Sessions
 

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -18,6 +19,9 @@ from torch import nn
 
 from torrentlm.compute.border import DTYPES, aligned, view_of
 from torrentlm.compute.device import memory_errors
+from torrentlm.compute.quantization.kept import find, keep, key_of
+from torrentlm.compute.quantization.recipe import quantized
+from torrentlm.compute.quantization.tensor import QuantizedTensor
 from torrentlm.compute.skeleton import replace_parameters
 from torrentlm.errors import ArtifactError, StorageError
 from torrentlm.manifest.canonical import FLOATING, Layout, read_layout
@@ -31,17 +35,30 @@ BlockFiles = Iterable[tuple[Path, Names]]
 Convert = Callable[[Mapping[str, torch.Tensor]], Iterable[tuple[str, torch.Tensor]]]
 """Makes the model's tensors of a block file's."""
 
+_CPU = torch.device("cpu")
 MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it yet
 
 
-class BlockWeights:
-    """One block file's tensors by their names in the file, in one dtype on one device. Nothing may write to them."""
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """Block files, by name, that are kept as INT8 or INT4 (``kinds``); ``cache`` is the folder to keep them in on disk,
+    if any.
+    """
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    cache: Path | None = None
+
+
+class BlockWeights:
+    """One block file's tensors by their names in the file, in one dtype on one device; as they lie in the file where
+    ``dtype`` is None. Nothing may write to them.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype | None, device: torch.device) -> None:
         self.name = path.name
         self.tensors = {
-            name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in _map_file(path, dtype, device)
+            name: tensor if dtype is None else _to(tensor, dtype, device)
+            for name, tensor in map_file(path, dtype, device)
         }
         self._converted: dict[frozenset[str], dict[str, torch.Tensor]] = {}
 
@@ -54,7 +71,47 @@ class BlockWeights:
             return self._converted[names]
 
 
-_in_use: WeakValueDictionary[tuple[object, ...], BlockWeights] = WeakValueDictionary()
+class QuantizedWeights:
+    """A block's tensors by their names in the model; matrices are kept in INT8 or INT4, on one device.
+
+    Made tensor by tensor from a mapped file: at no time are there two copies of more than one.
+    """
+
+    def __init__(
+        self,
+        file: BlockWeights,
+        named: Mapping[str, torch.Tensor],
+        convert: Convert,
+        how: How,
+    ) -> None:
+        self.name = file.name
+        kept = key_of(file.name, {**dict.fromkeys(named, False), **how.matrices}, how.kind, how.dtype)
+        found = None if how.cache is None else find(how.cache, kept, how.dtype, map_file)
+        if found is not None:
+            self.tensors = {name: _moved(tensor, how.device) for name, tensor in found.items()}
+            return
+        self.tensors = {}
+        for name, tensor in convert(named):
+            whole = _to(tensor, how.dtype, how.device) if name not in how.matrices else tensor.to(how.device)
+            if name in how.matrices:
+                whole = quantized(whole, how.kind, how.dtype, how.matrices[name])
+            self.tensors[name] = whole
+        if how.cache is not None:
+            keep(how.cache, kept, self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a block is quantized: which of its tensors in the model may be, and whether they lie turned."""
+
+    kind: str
+    matrices: Mapping[str, bool]
+    dtype: torch.dtype
+    device: torch.device
+    cache: Path | None
+
+
+_in_use: WeakValueDictionary[tuple[object, ...], BlockWeights | QuantizedWeights] = WeakValueDictionary()
 """Files are named by their content, so spans and models that share a file share its one copy in memory."""
 _loading = threading.Lock()
 
@@ -62,7 +119,9 @@ _loading = threading.Lock()
 class Weights:
     """The weights of a span under the model's names, floating point ones in ``dtype``, all on ``device``.
 
-    Raises ArtifactError for a broken file or a tensor that gets no name, StorageError for an unreadable file.
+    ``matrices`` are the model's names of what may be quantized, and whether it lies as [in, out]; they are where
+    ``quantization`` says so. Raises ArtifactError for a broken file or a tensor that gets no name, StorageError for an
+    unreadable file.
     """
 
     def __init__(
@@ -71,23 +130,36 @@ class Weights:
         dtype: torch.dtype,
         device: torch.device,
         convert: Convert = lambda named: named.items(),
+        quantization: Quantization | None = None,
+        matrices: Mapping[str, bool] | None = None,
     ) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self._files: list[BlockWeights] = []
+        self._files: list[BlockWeights | QuantizedWeights] = []
         for path, names in files:
-            file = load_block(path, dtype, device)
-            self._files.append(file)
-            unnamed = set(file.tensors)
-            named: dict[str, torch.Tensor] = {}
-            for here, there in names:
-                for name in filter(lambda name: name.startswith(here), file.tensors):
-                    named[there + name.removeprefix(here)] = file.tensors[name]
-                    unnamed.discard(name)
-            self.tensors |= file.converted(named, convert)
-            if unnamed:
-                raise ArtifactError(
-                    f"{file.name} holds the tensor {min(unnamed)}, which the manifest does not mention."
+            kind = None if quantization is None else quantization.kinds.get(path.name)
+            if kind is None or quantization is None:
+                file = load_block(path, dtype, device)
+                self.tensors |= file.converted(_named(file, names), convert)
+                self._files.append(file)
+            else:
+                made = load_quantized(
+                    path, names, convert, How(kind, matrices or {}, dtype, device, quantization.cache)
                 )
+                self.tensors |= made.tensors
+                self._files.append(made)
+
+
+def _named(file: BlockWeights, names: Names) -> dict[str, torch.Tensor]:
+    """A file's tensors as the model calls them; ArtifactError if one gets no name."""
+    unnamed = set(file.tensors)
+    named: dict[str, torch.Tensor] = {}
+    for here, there in names:
+        for name in filter(lambda name: name.startswith(here), file.tensors):
+            named[there + name.removeprefix(here)] = file.tensors[name]
+            unnamed.discard(name)
+    if unnamed:
+        raise ArtifactError(f"{file.name} holds the tensor {min(unnamed)}, which the manifest does not mention.")
+    return named
 
 
 def attach_weights(
@@ -110,7 +182,8 @@ def attach_weights(
     def parameter(name: str, ghost: nn.Parameter) -> nn.Parameter:
         if name not in needed:
             return ghost
-        return nn.Parameter(fitting(name, ghost), requires_grad=ghost.requires_grad)
+        tensor = fitting(name, ghost)
+        return nn.Parameter(tensor, requires_grad=ghost.requires_grad and not isinstance(tensor, QuantizedTensor))
 
     replace_parameters(model, parameter)
     for prefix, module in model.named_modules():
@@ -125,21 +198,57 @@ def load_block(path: Path, dtype: torch.dtype, device: torch.device) -> BlockWei
 
     Raises ArtifactError for a broken file, StorageError for an unreadable one, OutOfMemoryError.
     """
+    which = (*_state(path), dtype, device)
+    with _loading:
+        loaded = _in_use.get(which)
+        if not isinstance(loaded, BlockWeights):
+            with memory_errors():
+                loaded = _in_use[which] = BlockWeights(path, dtype, device)
+        return loaded
+
+
+def load_quantized(path: Path, names: Names, convert: Convert, how: How) -> QuantizedWeights:
+    """As ``load_block``, for a block that is kept in fewer bits, under the model's names."""
+    which = (*_state(path), tuple(map(tuple, names)), how.kind, how.dtype, how.device)
+    prefixes = tuple(there for _, there in names)
+    with _loading:
+        loaded = _in_use.get(which)
+        if not isinstance(loaded, QuantizedWeights):
+            file = BlockWeights(path, None, how.device)
+            own = {name: turned for name, turned in how.matrices.items() if name.startswith(prefixes)}
+            with memory_errors():
+                loaded = QuantizedWeights(file, _named(file, names), convert, replace(how, matrices=own))
+            _in_use[which] = loaded
+        return loaded
+
+
+def _state(path: Path) -> tuple[object, ...]:
+    """What tells a file from the one that was there before."""
     try:
         state = path.stat()
     except OSError as error:
         raise _unreadable(path, error) from error
-    key = (path.resolve(), state.st_ino, state.st_mtime_ns, state.st_size, dtype, device)
-    with _loading:
-        loaded = _in_use.get(key)
-        if loaded is None:
-            with memory_errors():
-                loaded = _in_use[key] = BlockWeights(path, dtype, device)
-        return loaded
+    return path.resolve(), state.st_ino, state.st_mtime_ns, state.st_size
 
 
-def _map_file(path: Path, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors as they lie in the file. One that will be copied is let go of before the next one is read."""
+def _to(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if isinstance(tensor, QuantizedTensor):
+        return QuantizedTensor(tensor.packed.to(device), tensor.dtype, tensor.turned)
+    return tensor.to(device)
+
+
+def map_file(
+    path: Path, dtype: torch.dtype | None = None, device: torch.device = _CPU
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors as they lie in the file, to be used as ``dtype`` on ``device``; ``dtype`` None: as they lie there.
+
+    One that will be copied is let go of before the next one is read. Raises ArtifactError for a broken file,
+    StorageError for an unreadable one.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -148,7 +257,8 @@ def _map_file(path: Path, dtype: torch.dtype, device: torch.device) -> Iterator[
             pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if device.type != "cpu" or any(DTYPES.get(spec.dtype) != dtype for spec in layout.specs if spec.dtype in FLOATING):
+    differs = any(DTYPES.get(spec.dtype) != dtype for spec in layout.specs if spec.dtype in FLOATING)
+    if dtype is not None and (device.type != "cpu" or differs):
         return _copied_tensors(path, pages, layout)
     # Large pages, and all of the file now rather than in the first step; a system may know neither.
     for advice in (getattr(mmap, "MADV_HUGEPAGE", None), MADV_POPULATE_READ):

@@ -4,6 +4,7 @@ from torrentlm.config.kinds import parse_size
 from torrentlm.config.merging import NODE_KEYS, load, load_node, merge, read_file, variable_of
 from torrentlm.config.settings import (
     DTYPES,
+    FLOORS,
     PRECISIONS,
     TASKS,
     AdapterRecipe,
@@ -16,6 +17,7 @@ from torrentlm.config.settings import (
 
 __all__ = [
     "DTYPES",
+    "FLOORS",
     "NODE_KEYS",
     "PRECISIONS",
     "TASKS",

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torrentlm.config.settings import DTYPES, PRECISIONS, TASKS, Blocks
+from torrentlm.config.settings import DTYPES, FLOORS, PRECISIONS, TASKS, Blocks
 from torrentlm.records import Endpoint, Span
 
 MIN_LIMIT = 1000
@@ -150,6 +151,10 @@ def _bootstrap(value: object, base: Path) -> tuple[Endpoint, ...] | None:
 def _blocks(value: object, base: Path) -> Blocks:
     if isinstance(value, Span) or value == "auto" or value == "none":
         return value
+    return _span(value)
+
+
+def _span(value: object) -> Span:
     match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", value) if isinstance(value, str) else None
     if not match:
         raise ValueError
@@ -166,6 +171,23 @@ def _devices(value: object, base: Path) -> tuple[str, ...] | None:
     if not all(re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name) for name in names):
         raise ValueError
     return tuple(f"{name}:0" if name == "cuda" else name for name in names)
+
+
+def _precision_of(value: object, base: Path) -> tuple[tuple[Span, str], ...]:
+    if isinstance(value, str):
+        value = _pairs(value)
+    if not isinstance(value, dict):
+        raise ValueError  # noqa: TRY004  # as all of these do
+    read = sorted((_span(blocks), _choice(FLOORS)(precision, base)) for blocks, precision in value.items())
+    if any(before.last >= after.first for (before, _), (after, _) in pairwise(read)):
+        raise ValueError("two of its ranges overlap")
+    return tuple(read)
+
+
+def _pairs(text: str) -> object:
+    """``0-3=INT8, 5=INT4`` as the table that it stands for."""
+    words = [word.partition("=") for word in _words(text)]
+    return {blocks.strip(): precision.strip() for blocks, _, precision in words}
 
 
 def _words(text: str) -> list[str]:
@@ -201,6 +223,8 @@ HASHES = Kind("a list of SHA-256 hashes, 64 hexadecimal digits each", _hashes, _
 BLOCKS = Kind('"auto", "none" or a range such as "0-10"', _blocks, str, ("auto", "none"))
 DEVICES = Kind('"auto", or a list of devices such as "cpu" and "cuda:0"', _devices, str, ("auto", "cpu", "cuda", "mps"))
 PRECISION = Kind("one of " + ", ".join(map(repr, PRECISIONS)), _choice(PRECISIONS), str, PRECISIONS)
+PRECISION_OF = Kind('a table of blocks and precisions such as { "1-4" = "INT8", "5" = "BF16" }', _precision_of, _pairs)
+FLOOR = Kind("one of " + ", ".join(map(repr, FLOORS)), _choice(FLOORS), str, FLOORS)
 FLAG = Kind("true or false", _flag, _flag_word)
 SEED = Kind("a whole number from 0 up", _number(0, 2**63 - 1), _integer)
 TEXTS = Kind("a list of texts", _texts, _words)

@@ -23,11 +23,13 @@ from torrentlm.config.kinds import (
     DTYPE,
     ENDPOINTS,
     FLAG,
+    FLOOR,
     HASHES,
     LIMIT,
     PATH,
     PORT,
     PRECISION,
+    PRECISION_OF,
     RATE,
     SECONDS,
     SEED,
@@ -46,7 +48,14 @@ _TYPE_NAMES = {int: "the number", float: "the number", str: "the text", list: "t
 MAX_FILE = 1 << 20
 """A model.toml is a page of text; more than this many bytes is some other file."""
 
-MODEL_KEYS = {"name": TEXT, "layers_per_block": COUNT, "dtype": DTYPE, "tokenizer": FLAG, "allow_nan": FLAG}
+MODEL_KEYS = {
+    "name": TEXT,
+    "layers_per_block": COUNT,
+    "dtype": DTYPE,
+    "tokenizer": FLAG,
+    "allow_nan": FLAG,
+    "floor": FLOOR,
+}
 SOURCE_KEYS = {
     "folder": PATH,
     "gguf": PATH,
@@ -70,6 +79,7 @@ NODE_KEYS = {
     "vram": BUDGET,
     "disk": BUDGET,
     "precision": PRECISION,
+    "precision_of": PRECISION_OF,
     "threads": THREADS,
     "lease": SECONDS,
     "allow_code": HASHES,

@@ -10,7 +10,8 @@ from typing import Literal
 
 from torrentlm.records import Endpoint, Span
 
-PRECISIONS = ("auto", "F32", "BF16")
+PRECISIONS = ("auto", "F32", "BF16", "F16", "INT8", "INT4")
+FLOORS = ("F32", "BF16", "F16", "INT8", "INT4")
 DTYPES = ("F32", "BF16", "F16")
 TASKS = ("auto", "encoder")
 
@@ -30,6 +31,7 @@ class Recipe:
     docs/model-toml.md.
     ``tokenizer``: refuse a model that has none; ``allow_nan``: do not refuse weights that are NaN or infinite.
     ``consume``: remove the folder's weight files once they are published.
+    ``floor``: the lowest precision that holders may use, None for any.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Recipe:
     tokenizer: bool = True
     allow_nan: bool = False
     consume: bool = False
+    floor: str | None = None
     layer_stacks: tuple[str, ...] = ()
     task: str = "auto"
     replay: bool = False
@@ -77,6 +80,7 @@ class NodeConfig:
     ``prefetch``: bytes of ``disk`` that blocks fetched before anybody asks for them may take, 0 for none, None for a
     quarter of what is left; ``prefetch_rate``: bytes per second for them, None for a quarter of the fastest rate seen.
     ``upload``, ``download``: bytes of pieces per second, 0 for no limit. ``mirror``: fetch and seed every file.
+    ``precision_of``: blocks that are kept in another precision than ``precision``.
     """
 
     data: Path = field(default_factory=default_data)
@@ -90,6 +94,7 @@ class NodeConfig:
     vram: int | None = None
     disk: int | None = None
     precision: str = "auto"
+    precision_of: tuple[tuple[Span, str], ...] = ()
     threads: int | None = None
     lease: float = 60.0
     allow_code: tuple[str, ...] = ()

@@ -14,13 +14,25 @@ import torch
 
 from torrentlm.compute.border import DTYPES
 from torrentlm.compute.chain import hints_of, part_of, require_same_cut
+from torrentlm.compute.conversion import convert_all
+from torrentlm.compute.overflow import overflows
+from torrentlm.compute.precision import Precisions, file_forms
+from torrentlm.compute.quantization.recipe import matrices as matrices_of
 from torrentlm.compute.samples import check
-from torrentlm.compute.skeleton import read_config
+from torrentlm.compute.skeleton import build_skeleton, read_config
 from torrentlm.compute.span import SpanRunner
-from torrentlm.compute.split import Split
+from torrentlm.compute.split import Split, named_weights
 from torrentlm.compute.splitter import analyse_sides
 from torrentlm.compute.tokenizer import load_tokenizer
-from torrentlm.compute.weights import BlockWeights, load_block
+from torrentlm.compute.weights import (
+    BlockWeights,
+    Convert,
+    How,
+    Quantization,
+    QuantizedWeights,
+    load_block,
+    load_quantized,
+)
 from torrentlm.errors import RefusedError
 from torrentlm.holder.memory import Unit, UnitKey
 from torrentlm.manifest.manifest import Manifest
@@ -49,7 +61,8 @@ class HeldModel:
     """``paths`` say where the block files lie, by name; ``precision`` is the safetensors dtype to compute in;
     ``allow_code`` are the hashes of models' own code that may run; ``sizes`` are the bytes that each file takes in
     memory, by its name, those on the disk if not given. ``arrived`` are the blocks of ``span`` whose files are
-    complete, all if not given; others may arrive later.
+    complete, all if not given; others may arrive later. ``stored`` are the blocks that are kept in INT8 or INT4,
+    ``quantized`` is the folder where these are kept on disk, if anywhere.
 
     Weights are loaded when they are first needed. Whoever owns the device's memory says when they go (``let_go``).
     The constructor blocks; run it in a thread. Raises ArtifactError, UnsupportedModelError.
@@ -67,11 +80,15 @@ class HeldModel:
         allow_code: Collection[str] = (),
         sizes: Mapping[str, int] | None = None,
         arrived: Collection[int] | None = None,
+        stored: Mapping[int, str] | None = None,
+        quantized: Path | None = None,
     ) -> None:
         self.id = id
         self.manifest = manifest
         self.span = span
-        self.precision = precision
+        self.precisions = Precisions(precision, stored or {})
+        self._forms = file_forms(manifest, self.precisions.stored)
+        self._quantized = quantized
         self.device = torch.device(device)
         self._folder = folder
         self._paths = dict(paths)
@@ -96,14 +113,36 @@ class HeldModel:
         """The block files of ``span``, each once, as memory holds them. RefusedError if one is not here."""
         self._require(span)
         names = [file.name for file in self.manifest.span_files(span.first, span.last)]
-        return [Unit(name, self.precision, self._sizes[name], partial(self._load, name)) for name in names]
+        return [Unit(name, self._form(name), self._sizes[name], partial(self._load, name)) for name in names]
 
-    def _load(self, name: str) -> BlockWeights:
-        return load_block(self._paths[name], DTYPES[self.precision], self.device)
+    def _form(self, name: str) -> str:
+        """What a file's weights are kept in."""
+        return self._forms.get(name, self.precisions.compute)
+
+    def _load(self, name: str) -> list[BlockWeights | QuantizedWeights]:
+        path, dtype = self._paths[name], DTYPES[self.precisions.compute]
+        if name not in self._forms:
+            return [load_block(path, dtype, self.device)]
+        matrices, convert = self._eligible
+        how = How(self._forms[name], matrices, dtype, self.device, self._quantized)
+        names = {
+            used.names
+            for block in self.span
+            for used in self.manifest.blocks[block].files
+            if self.manifest.files[used.file].name == name
+        }
+        return [load_quantized(path, called, convert, how) for called in sorted(names)]
+
+    @cached_property
+    def _eligible(self) -> tuple[Mapping[str, bool], Convert]:
+        """Which of the model's weights may be quantized, and what makes them of a file's, as a runner has it."""
+        model = build_skeleton(self._config, DTYPES[self.precisions.compute], self.device)
+        known = frozenset(name for name, _ in named_weights(model))
+        return matrices_of(model), partial(convert_all, model, known=known)
 
     def blocks_of(self, keys: Collection[UnitKey]) -> list[int]:
         """The blocks whose every file is among ``keys``."""
-        names = {name for name, precision in keys if precision == self.precision}
+        names = {name for name, form in keys if form == self._form(name)}
         return [block for block in self.span if all(file.name in names for file in self.manifest.block_files(block))]
 
     def let_go(self, keys: Collection[UnitKey]) -> None:
@@ -119,6 +158,11 @@ class HeldModel:
         if not self._arrived.issuperset(span):
             blocks = ", ".join(map(str, spans_of(self._arrived))) or "none"
             raise RefusedError(f"this holder has blocks {blocks} of that model, not {span}", "no_block")
+
+    @property
+    def precision(self) -> str:
+        """What the blocks are kept in, as peers are told: ``BF16``, ``INT4``, ``BF16+INT4``."""
+        return self.precisions.said(self.span)
 
     @property
     def max_length(self) -> int | None:
@@ -165,25 +209,40 @@ class HeldModel:
         """Compare one of ``blocks`` with what the sidecar recorded; None if it has nothing for any of them. Blocks.
 
         Only where a block differs others are tried, and one that does not is enough: in low precision a block may round
-        a token to another side, but wrong code computes every block wrong.
+        a token to another side, but wrong code computes every block wrong. What is compared is computed with the
+        published weights, also where the block is kept in fewer bits: the sample knows nothing of what these lose.
         """
         found = None
         for block in blocks:
             side = self.manifest.side_of(block)
             if side >= len(sidecar.samples):
                 continue
-            checked = check(self._build(Span(block, block)), sidecar.samples[side])
+            checked = check(self._build(Span(block, block), exact=True), sidecar.samples[side])
             if checked is not None:
                 found = Rechecked(block, checked.share, checked.good) if found is None or checked.good else found
                 if checked.good:
                     break
         return found
 
-    def _build(self, span: Span) -> SpanRunner:
+    def overflowing(self, sidecar: Sidecar) -> tuple[int, ...]:
+        """The blocks that F16 cannot hold, by the recorded samples; ask it of a model in F32 or BF16. Blocks."""
+        found = []
+        for block in self.span:
+            side = self.manifest.side_of(block)
+            if side < len(sidecar.samples) and overflows(
+                self._build(Span(block, block), exact=True), sidecar.samples[side]
+            ):
+                found.append(block)
+        return tuple(found)
+
+    def _build(self, span: Span, exact: bool = False) -> SpanRunner:
+        """``exact``: with the published weights, whatever the blocks are kept in."""
         manifest = self.manifest
         if manifest.side_of(span.first) != manifest.side_of(span.last):
             raise RefusedError(
                 f"blocks {span} belong to the encoder and the decoder: a hop has those of one", "no_block"
             )
         part = part_of(manifest, span, self._paths)
-        return part.runner(self._config, self.split_of(span.first), DTYPES[self.precision], self.device)
+        dtype = DTYPES[self.precisions.compute]
+        quantization = Quantization({} if exact else self._forms, self._quantized)
+        return part.runner(self._config, self.split_of(span.first), dtype, self.device, quantization)

@@ -26,6 +26,7 @@ MAX_BLOCKS = 16_384
 MAX_FILES = 65_536
 MAX_TENSORS = 262_144  # of all layouts, and of all blocks, where a tensor counts for every block that has it
 MAX_TEXT = 512  # characters of any name
+FLOORS = ("F32", "BF16", "F16", "INT8", "INT4")
 Kind: TypeAlias = Literal["stem", "layers", "head"]
 Task: TypeAlias = Literal["causal-lm", "encoder", "seq2seq"]
 Rewind: TypeAlias = Literal["trim", "snapshot", "replay"]
@@ -107,7 +108,7 @@ class Manifest:
     """What a model torrent's ``manifest.msgpack`` says. Blocks run in order: the stem, the layers, the head.
 
     ``architecture`` is transformers' class name, ``dtype`` the weights' (safetensors' name). ``layouts`` are those of
-    the files, each once.
+    the files, each once. ``floor`` is the lowest precision that holders may use, None for any.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Manifest:
     blocks: tuple[BlockEntry, ...]
     files: tuple[FileEntry, ...]
     layouts: tuple[Layout, ...]
+    floor: str | None = None
 
     @property
     def task(self) -> Task:
@@ -193,6 +195,8 @@ class Manifest:
             ],
             "version": VERSION,
         }
+        if self.floor is not None:  # left out where there is none, so that such a model has one magnet
+            content = dict(sorted({**content, "floor": self.floor}.items()))
         return bytes(msgpack.packb(content))
 
     @classmethod
@@ -227,7 +231,8 @@ def _read(data: bytes) -> Manifest:
     content = msgpack.unpackb(data, max_str_len=4 * MAX_TEXT, max_bin_len=32, max_array_len=MAX_TENSORS, max_map_len=16)
     if isinstance(content, dict) and content.get("version") != VERSION:
         raise ValueError(f"it is of version {content.get('version')!r:.20}, this torrentlm reads version {VERSION}")
-    fields = Fields(content, "architecture blocks dtype files layouts name sides version")
+    has_floor = isinstance(content, dict) and "floor" in content
+    fields = Fields(content, f"architecture blocks dtype files {'floor ' * has_floor}layouts name sides version")
     return Manifest(
         name=fields.text("name"),
         architecture=fields.text("architecture"),
@@ -236,6 +241,7 @@ def _read(data: bytes) -> Manifest:
         blocks=tuple(_read_block(item) for item in fields.items("blocks", MAX_BLOCKS)),
         files=tuple(read_file(item) for item in fields.items("files", MAX_FILES)),
         layouts=tuple(read_layouts(fields.items("layouts", MAX_FILES))),
+        floor=fields.text("floor") if has_floor else None,
     )
 
 
@@ -303,6 +309,8 @@ def _check(manifest: Manifest) -> None:
     """What must hold between the parts: ValueError with the first that does not."""
     if manifest.dtype not in DTYPE_BYTES:
         raise ValueError(f"its dtype is {manifest.dtype!r}")
+    if manifest.floor is not None and manifest.floor not in FLOORS:
+        raise ValueError(f"its floor is {manifest.floor!r:.20}")
     for side in manifest.sides:
         if not all(part.isidentifier() or part.isdigit() for part in re.split(r"[.+]", side.layer_stack)):
             raise ValueError("its layer stack is not a path in a module tree")

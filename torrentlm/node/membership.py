@@ -20,7 +20,7 @@ from torrentlm.manifest.adapter import FILE_NAME as ADAPTER_FILE_NAME
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import FILE_NAME, Manifest
 from torrentlm.node.fetch import BlockFiles, say_waiting
-from torrentlm.node.memory import WEIGHTS_SHARE, computing_dtype, weights_budget, weights_bytes
+from torrentlm.node.memory import WEIGHTS_SHARE, precisions, weights_budget, weights_bytes
 from torrentlm.node.parts import Parts
 from torrentlm.node.peers import ModelPeers
 from torrentlm.node.sidecars import Sidecars
@@ -183,23 +183,23 @@ class Membership:
     def _check_memory(self, wanted: Span) -> None:
         """A span that the operator names must fit the budget that the operator names; a guess of ours binds nobody."""
         config = self._parts.config
-        dtype = computing_dtype(self.manifest, config)
-        in_memory = weights_bytes(self.manifest, dtype)
+        how = precisions(self.manifest, config)
+        in_memory = weights_bytes(self.manifest, how.compute, how.stored)
         needed = sum(in_memory[file.name] for file in self.manifest.span_files(wanted.first, wanted.last))
         allowed = weights_budget(config)
         if config.ram is not None and needed > allowed:
             enough = ceil(needed / WEIGHTS_SHARE / 1e5) / 10
             raise ConfigError(
-                f"--blocks {wanted} needs {needed / 1e6:,.1f} MB for weights in {dtype}, but ram = "
+                f"--blocks {wanted} needs {needed / 1e6:,.1f} MB for weights in {how.said(wanted)}, but ram = "
                 f"{config.ram / 1e6:,.1f} MB leaves {allowed / 1e6:,.1f} MB for them: raise --ram to {enough:,.1f} MB "
                 "or name fewer blocks"
             )
 
     def _choose_span(self) -> Span:
         space, config = self._parts.shelf.space, self._parts.config
-        dtype = computing_dtype(self.manifest, config)
+        how = precisions(self.manifest, config)
         files = [self.manifest.block_files(block) for block in range(len(self.manifest.blocks))]
-        in_memory = weights_bytes(self.manifest, dtype)
+        in_memory = weights_bytes(self.manifest, how.compute, how.stored)
         sizes = [{file.name: in_memory[file.name] for file in block} for block in files]
         missing = [{file.name: space.missing({file.name: file.size}) for file in block} for block in files]
         # What is here of this model is part of the choice; what is here of others may go for it.
@@ -211,7 +211,7 @@ class Membership:
         if smallest > budget:
             raise ConfigError(
                 f"the memory budget of {budget / 1e6:.0f} MB for weights does not hold even one block; "
-                f"the smallest needs {smallest / 1e6:.0f} MB in {dtype}: raise --ram"
+                f"the smallest needs {smallest / 1e6:.0f} MB in {how.said(range(len(sizes)))}: raise --ram"
             )
         smallest = min(sum(block.values()) for block in missing)
         raise StorageError(

@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torrentlm.compute.devices import DeviceInfo
 from torrentlm.compute.machine import available_memory
+from torrentlm.compute.precision import Precisions, bytes_as, compute_dtype, configured, file_forms
 from torrentlm.config import NodeConfig
 from torrentlm.errors import ConfigError
 from torrentlm.manifest.adapter import AdapterManifest
-from torrentlm.manifest.canonical import DTYPE_BYTES, FLOATING, TensorSpec
 from torrentlm.manifest.manifest import Manifest
 
 WEIGHTS_SHARE = 0.75
@@ -34,21 +33,36 @@ def weights_budget(config: NodeConfig) -> int:
 
 def computing_dtype(manifest: Manifest, config: NodeConfig) -> str:
     """Safetensors' name of what this node computes the model in."""
-    return manifest.dtype if config.precision == "auto" else config.precision
+    return compute_dtype(config.precision, manifest.dtype)
 
 
-def weights_bytes(manifest: Manifest | AdapterManifest, dtype: str) -> dict[str, int]:
+def precisions(manifest: Manifest, config: NodeConfig) -> Precisions:
+    """What the operator asked for, block by block. Raises ConfigError for what the model's floor or torch forbids."""
+    wanted = [(range(blocks.first, blocks.last + 1), precision) for blocks, precision in config.precision_of]
+    layers = [block for block, entry in enumerate(manifest.blocks) if entry.kind == "layers"]
+    for blocks, _ in config.precision_of:
+        if blocks.last >= len(manifest.blocks):
+            raise ConfigError(
+                f"precision_of names blocks {blocks}, past this model's end: it has blocks 0-{len(manifest.blocks) - 1}"
+            )
+    return configured(config.precision, wanted, manifest.dtype, layers, manifest.floor)
+
+
+def weights_bytes(
+    manifest: Manifest | AdapterManifest, dtype: str, stored: Mapping[int, str] | None = None
+) -> dict[str, int]:
     """What each file takes in memory when ``dtype`` is computed in, in bytes, by the file's name.
 
-    Weights that need no conversion are mapped, not copied. They count all the same: every step reads all of them, so
-    their pages have to stay.
+    ``stored`` are the blocks that are kept in INT8 or INT4. Weights that need no conversion are mapped, not
+    copied. They count all the same: every step reads all of them, so their pages have to stay.
     """
-    in_memory = [sum(_bytes_as(spec, dtype) for spec in layout.specs) for layout in manifest.layouts]
-    return {file.name: in_memory[file.layout] for file in manifest.files}
-
-
-def _bytes_as(spec: TensorSpec, dtype: str) -> int:
-    return math.prod(spec.shape) * DTYPE_BYTES[dtype if spec.dtype in FLOATING else spec.dtype]
+    forms = file_forms(manifest, stored) if stored and isinstance(manifest, Manifest) else {}
+    known: dict[tuple[int, str | None], int] = {}
+    for file in manifest.files:
+        layout, form = file.layout, forms.get(file.name)
+        if (layout, form) not in known:
+            known[layout, form] = sum(bytes_as(spec, dtype, form) for spec in manifest.layouts[layout].specs)
+    return {file.name: known[file.layout, forms.get(file.name)] for file in manifest.files}
 
 
 def kv_budget(config: NodeConfig) -> int:

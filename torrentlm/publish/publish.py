@@ -112,7 +112,7 @@ def _publish(
     finiteness = Finiteness(location.path, allowed=recipe.allow_nan)
     torrents = _write_blocks(source, planned, layouts, stage, finiteness, progress)
     dtype = _main_dtype(placed.tensor for layout in layouts for placed in layout.tensors)
-    manifest = _manifest(recipe.name, model, dtype, planned, layouts, torrents)
+    manifest = replace(_manifest(recipe.name, model, dtype, planned, layouts, torrents), floor=recipe.floor)
     distinct = tuple({torrent.name: torrent for torrent in torrents}.values())
     finiteness.tell()
     torrent, folder = _stage_model(manifest, distinct, payload, stage.folder)

@@ -65,6 +65,19 @@ def layers_layout(count: int) -> Layout:
     return canonical.layout(replace(spec, name=f"{place}.{spec.name}") for place in range(count) for spec in LAYER)
 
 
+@pytest.mark.parametrize("floor", ["F32", "INT8"])
+def test_a_floor_is_there_only_where_a_publisher_states_one(floor: str) -> None:
+    assert b"floor" not in example().to_bytes()
+    assert_canonical(replace(example(), floor=floor))
+
+
+def test_an_unknown_floor_is_refused() -> None:
+    for floor in ("INT2", "", None, 4):
+        content = msgpack.unpackb(example().to_bytes()) | {"floor": floor}
+        with pytest.raises(ArtifactError, match="floor"):
+            Manifest.from_bytes(msgpack.packb(dict(sorted(content.items()))))
+
+
 def assert_canonical(manifest: Manifest) -> None:
     encoded = manifest.to_bytes()
     assert Manifest.from_bytes(encoded) == manifest
