@@ -16,6 +16,7 @@ from torrentlm.cli import text
 from torrentlm.config import default_data
 from torrentlm.errors import ConfigError
 from torrentlm.node.status import EVERY_S, read_status
+from torrentlm.records import spans_of
 
 BAR = 20
 
@@ -63,6 +64,7 @@ def _shown(status: dict[str, Any]) -> RenderableType:
             memory.add_row(f"  {label}", *_share(device[what]["used"], device[what]["budget"]))
         memory.add_row("  in use by sessions", text.size(device["weights"]["pinned"]))
     memory.add_row("disk", *_share(status["disk"]["used"], status["disk"]["budget"]))
+    memory.add_row("  fetched ahead", text.size(status["prefetched"]))
     rates = status["rates"]
     memory.add_row("sessions", str(status["sessions"]))
     memory.add_row("transfers", f"↓ {text.rate(rates['download'])}", f"↑ {text.rate(rates['upload'])}")
@@ -70,7 +72,7 @@ def _shown(status: dict[str, Any]) -> RenderableType:
     for column in ("model", "in memory", "offered", "on disk", "fetching", "precision", "peers"):
         models.add_column(column)
     for model in status["models"]:
-        blocks = [text.blocks(model[key]).removeprefix("blocks ").removeprefix("block ") for key in _BLOCKS]
+        blocks = [", ".join(map(str, spans_of(model[key]))) for key in _BLOCKS]
         models.add_row(model["name"], *blocks, model["precision"], str(model["peers"]))
     return Group(memory, "", models)
 

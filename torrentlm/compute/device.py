@@ -9,6 +9,7 @@ from typing import TypeVar, TypeVarTuple
 import torch
 import trio
 
+from torrentlm.compute.machine import available_memory
 from torrentlm.compute.processor import processor_name
 from torrentlm.errors import ConfigError, OutOfMemoryError
 
@@ -53,6 +54,21 @@ class Device:
             kind = "cuda" if torch.version.hip is None else "rocm"
             return f"{kind} ({torch.cuda.get_device_name(self.torch_device)})"
         return self.torch_device.type
+
+    def free_memory(self) -> int:
+        """Bytes that the device could still give, to us or to other programs."""
+        if self.torch_device.type != "cuda":
+            return available_memory()
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        kept = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return int(free + kept)
+
+    def give_back(self) -> None:
+        """What torch keeps for later goes back to the driver, for other programs or for larger pieces of ours."""
+        if self.torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self.torch_device.type == "mps":
+            torch.mps.empty_cache()
 
     async def run(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Call ``function(*arguments)`` in a worker thread when it is its turn.

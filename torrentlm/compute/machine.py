@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,13 @@ def total_memory() -> int:
     if total is None:
         total = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min([total, *(limit for limit, _ in _limits())])
+
+
+def may_accelerate() -> bool:
+    """Whether this machine could have an accelerator; which, and whether it works, torch has to be asked."""
+    return sys.platform in ("darwin", "win32") or any(
+        Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg")
+    )
 
 
 def _meminfo(name: str) -> int | None:

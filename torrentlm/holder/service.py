@@ -105,7 +105,7 @@ class Holder:
         self._device = device
         self.memory = memory
         memory.evicted = self._let_go
-        self._kv_budget = kv_budget
+        self.kv_budget = kv_budget
         self._max_lease = max_lease
         self._adapters = adapters or NoAdapters()
         self._changed = changed
@@ -129,6 +129,7 @@ class Holder:
     def _let_go(self, keys: Collection[UnitKey]) -> None:
         for model in self._models.values():
             model.let_go(keys)
+        self._device.give_back()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; every session ends with it."""
@@ -250,8 +251,8 @@ class Holder:
             return None
         if self._nursery is None:
             raise RefusedError("this holder is shutting down", "busy")
-        if self.kv_bytes + execution.kv_bytes > self._kv_budget:
-            free = max(0, self._kv_budget - self.kv_bytes)
+        if self.kv_bytes + execution.kv_bytes > self.kv_budget:
+            free = max(0, self.kv_budget - self.kv_bytes)
             raise RefusedError(
                 f"a KV-cache of {execution.kv_bytes / 1e6:.2f} MB does not fit: this holder has {free / 1e6:.2f} MB "
                 f"left; a session of at most {execution.fitting_length(free)} tokens would fit",

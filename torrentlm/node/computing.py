@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import trio
 
 from torrentlm.compute.device import Device
-from torrentlm.compute.machine import available_memory
 from torrentlm.config import NodeConfig
 from torrentlm.holder.adapters import Adapters
 from torrentlm.holder.memory import Memory
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.service import Holder, Outbox
 from torrentlm.node.membership import Membership
-from torrentlm.node.memory import computing_dtype, kv_budget, weights_budget, weights_bytes
+from torrentlm.node.memory import precisions, weights_bytes, weights_share
 from torrentlm.node.parts import Say
 from torrentlm.node.recheck import recheck
 from torrentlm.records import NodeKey, Span, spans_of
@@ -44,19 +43,20 @@ class Computing:
         self,
         key: NodeKey,
         config: NodeConfig,
+        device: Device,
         outbox: Outbox,
         changed: Callable[[], None],
         adapters: Adapters,
         say: Say,
     ) -> None:
-        self.device = Device(threads=config.threads)
-        memory = Memory(weights_budget(config), free=available_memory)
+        self.device = device
+        memory = Memory(weights_share(device.budget), free=device.free_memory)
         self.holder = Holder(
             key,
             outbox,
             self.device,
             memory,
-            kv_budget=kv_budget(config),
+            kv_budget=device.budget - memory.budget,
             max_lease=config.lease,
             adapters=adapters if config.adapters else None,
             changed=changed,
@@ -71,7 +71,7 @@ class Computing:
 
         Raises ArtifactError, UnsupportedModelError, StorageError.
         """
-        dtype = computing_dtype(membership.manifest, self._config)
+        how = precisions(membership.manifest, self._config)
         model = await trio.to_thread.run_sync(
             HeldModel,
             membership.id,
@@ -79,11 +79,13 @@ class Computing:
             membership.folder,
             membership.files.paths(span),
             span,
-            dtype,
+            how.compute,
             self.device.torch_device,
             self._config.allow_code,
-            weights_bytes(membership.manifest, dtype),
+            weights_bytes(membership.manifest, how.compute, how.stored),
             (),
+            how.stored,
+            self._config.data / "quantized",
         )
         served = self._served[membership.id] = Served(membership, model)
         return served

@@ -166,8 +166,11 @@ class Membership:
                 transfer.connect_peer(endpoint)
             await trio.sleep(FEED_EVERY_S)
 
-    async def choose(self) -> Span | None:
-        """The span to hold, as configured; None for no block. Raises ConfigError if it cannot be."""
+    async def choose(self, weights: int | None = None) -> Span | None:
+        """The span to hold, as configured; None for no block. Raises ConfigError if it cannot be.
+
+        ``weights``: bytes of an accelerator's memory for them, if one computes.
+        """
         blocks = len(self.manifest.blocks)
         wanted = self._parts.config.blocks
         if wanted == "none":
@@ -175,27 +178,28 @@ class Membership:
         if isinstance(wanted, Span):
             if wanted.last >= blocks:
                 raise ConfigError(f"--blocks {wanted} is past this model's end: it has blocks 0-{blocks - 1}")
-            self._check_memory(wanted)
+            self._check_memory(wanted, weights)
             return wanted
         await self._settle()
-        return self._choose_span()
+        return self._choose_span(weights)
 
-    def _check_memory(self, wanted: Span) -> None:
+    def _check_memory(self, wanted: Span, weights: int | None = None) -> None:
         """A span that the operator names must fit the budget that the operator names; a guess of ours binds nobody."""
         config = self._parts.config
         how = precisions(self.manifest, config)
         in_memory = weights_bytes(self.manifest, how.compute, how.stored)
         needed = sum(in_memory[file.name] for file in self.manifest.span_files(wanted.first, wanted.last))
-        allowed = weights_budget(config)
-        if config.ram is not None and needed > allowed:
+        name, given = ("ram", config.ram) if weights is None else ("vram", config.vram)
+        allowed = weights_budget(config) if weights is None else weights
+        if given is not None and needed > allowed:
             enough = ceil(needed / WEIGHTS_SHARE / 1e5) / 10
             raise ConfigError(
-                f"--blocks {wanted} needs {needed / 1e6:,.1f} MB for weights in {how.said(wanted)}, but ram = "
-                f"{config.ram / 1e6:,.1f} MB leaves {allowed / 1e6:,.1f} MB for them: raise --ram to {enough:,.1f} MB "
+                f"--blocks {wanted} needs {needed / 1e6:,.1f} MB for weights in {how.said(wanted)}, but {name} = "
+                f"{given / 1e6:,.1f} MB leaves {allowed / 1e6:,.1f} MB for them: raise --{name} to {enough:,.1f} MB "
                 "or name fewer blocks"
             )
 
-    def _choose_span(self) -> Span:
+    def _choose_span(self, weights: int | None = None) -> Span:
         space, config = self._parts.shelf.space, self._parts.config
         how = precisions(self.manifest, config)
         files = [self.manifest.block_files(block) for block in range(len(self.manifest.blocks))]
@@ -203,7 +207,9 @@ class Membership:
         sizes = [{file.name: in_memory[file.name] for file in block} for block in files]
         missing = [{file.name: space.missing({file.name: file.size}) for file in block} for block in files]
         # What is here of this model is part of the choice; what is here of others may go for it.
-        budget, room = weights_budget(config), space.room(besides={file.name for file in self.manifest.files})
+        name = "ram" if weights is None else "vram"
+        budget = weights_budget(config) if weights is None else weights
+        room = space.room(besides={file.name for file in self.manifest.files})
         span = choose_span(sizes, copies(self.snapshot(), len(sizes)), budget, missing=missing, room=room)
         if span is not None:
             return span
@@ -211,7 +217,7 @@ class Membership:
         if smallest > budget:
             raise ConfigError(
                 f"the memory budget of {budget / 1e6:.0f} MB for weights does not hold even one block; "
-                f"the smallest needs {smallest / 1e6:.0f} MB in {how.said(range(len(sizes)))}: raise --ram"
+                f"the smallest needs {smallest / 1e6:.0f} MB in {how.said(range(len(sizes)))}: raise --{name}"
             )
         smallest = min(sum(block.values()) for block in missing)
         raise StorageError(

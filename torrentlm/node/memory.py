@@ -24,11 +24,17 @@ CARD_SHARE = 0.85
 
 
 def budget(config: NodeConfig) -> int:
+    """Of the processor's memory."""
     return int(available_memory() * MACHINE_SHARE) if config.ram is None else config.ram
 
 
 def weights_budget(config: NodeConfig) -> int:
-    return int(budget(config) * WEIGHTS_SHARE)
+    return weights_share(budget(config))
+
+
+def weights_share(budget: int) -> int:
+    """What of a device's budget is for weights; the rest is for KV-caches."""
+    return int(budget * WEIGHTS_SHARE)
 
 
 def computing_dtype(manifest: Manifest, config: NodeConfig) -> str:
@@ -63,10 +69,6 @@ def weights_bytes(
         if (layout, form) not in known:
             known[layout, form] = sum(bytes_as(spec, dtype, form) for spec in manifest.layouts[layout].specs)
     return {file.name: known[file.layout, forms.get(file.name)] for file in manifest.files}
-
-
-def kv_budget(config: NodeConfig) -> int:
-    return budget(config) - weights_budget(config)
 
 
 def device_budgets(config: NodeConfig, devices: Sequence[DeviceInfo]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from torrentlm.compute.custom_code import require_allowed
+from torrentlm.compute.machine import may_accelerate
 from torrentlm.compute.threads import first_import
 from torrentlm.config import NodeConfig
 from torrentlm.errors import ArtifactError, NetworkError, RemoteProtocolError, UnsupportedModelError
@@ -55,6 +56,7 @@ from torrentlm.wire.messages import (
 )
 
 if TYPE_CHECKING:
+    from torrentlm.compute.device import Device
     from torrentlm.node.computing import Computing, Served
 
 SESSIONS_EVERY_S = 1.0
@@ -71,6 +73,7 @@ class Node:
         self.prefetcher = Prefetcher(parts, self.memberships)
         self._nursery = nursery
         self._computing: Computing | None = None
+        self._starting = trio.Lock()
         self._listeners: dict[tuple[SessionId, NodeKey], trio.MemorySendChannel[Message]] = {}
 
     @property
@@ -89,7 +92,11 @@ class Node:
 
     async def hold(self, membership: Membership) -> None:
         """Hold the blocks that the settings ask for, and serve them; a mirror has every file then."""
-        span = await membership.choose()
+        weights = None
+        if may_accelerate():  # only torch knows; else fetching need not wait for its import
+            computing = await self._compute()
+            weights = computing.holder.memory.budget if computing.device.torch_device.type != "cpu" else None
+        span = await membership.choose(weights)
         if span is not None:
             await self._serve(membership, span)
         if self.parts.config.mirror:
@@ -178,11 +185,13 @@ class Node:
 
     async def _compute(self) -> Computing:
         """The computing part, started when first needed."""
-        if self._computing is None:
-            make = await trio.to_thread.run_sync(_import_computing)
-            parts = self.parts
-            self._computing = make(self.key, parts.config, self, self._sessions_changed, self.adapters, parts.say)
-            await self._nursery.start(self._computing.holder.run)
+        async with self._starting:
+            if self._computing is None:
+                parts = self.parts
+                make, device = await trio.to_thread.run_sync(_import_computing, parts.config)
+                changed, say = self._sessions_changed, parts.say
+                self._computing = make(self.key, parts.config, device, self, changed, self.adapters, say)
+                await self._nursery.start(self._computing.holder.run)
         return self._computing
 
     @property
@@ -292,11 +301,13 @@ class Node:
             membership.peers.publish(sessions=self.sessions)
 
 
-def _import_computing() -> type[Computing]:
+def _import_computing(config: NodeConfig) -> tuple[type[Computing], Device]:
+    """The class, and the device to compute on: the first of those that are configured."""
     with first_import():
         from torrentlm.node.computing import Computing
+        from torrentlm.node.devices import open_devices
 
-    return Computing
+        return Computing, open_devices(config)[0]
 
 
 @asynccontextmanager

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from torrentlm.node.memory import kv_budget, weights_budget
-
 if TYPE_CHECKING:
+    from torrentlm.node.computing import Computing
     from torrentlm.node.membership import Membership
     from torrentlm.node.node import Node
     from torrentlm.records import Span
@@ -62,26 +61,27 @@ def status_of(node: Node) -> dict[str, Any]:
     """Budgets and what is used of them, in bytes; blocks by number; rates in bytes per second; ``at`` in Unix time."""
     config = node.parts.config
     transfers = node.parts.swarm.transfers
-    computing = node.computing
-    weights = {"budget": weights_budget(config), "used": 0, "pinned": 0}
-    kv = {"budget": kv_budget(config), "used": 0}
-    name = None
-    if computing is not None:
-        memory = computing.holder.memory
-        weights |= {"budget": memory.allowed, "used": memory.used, "pinned": memory.pinned}
-        kv["used"] = computing.holder.kv_bytes
-        name = computing.device.name
     return {
         "at": time.time(),
         "endpoint": str(node.endpoint),
         "models": [_model(membership) for membership in node.memberships.values()],
-        "devices": [{"name": name, "weights": weights, "kv": kv}] if name is not None else [],
+        "devices": [] if node.computing is None else [_device(node.computing)],
+        "prefetched": node.prefetcher.bytes,
         "sessions": node.sessions,
         "disk": {"used": node.parts.shelf.space.occupied(), "budget": config.disk},
         "rates": {
             "download": sum(transfer.progress.download_rate for transfer in transfers),
             "upload": sum(transfer.progress.upload_rate for transfer in transfers),
         },
+    }
+
+
+def _device(computing: Computing) -> dict[str, Any]:
+    holder, memory = computing.holder, computing.holder.memory
+    return {
+        "name": computing.device.name,
+        "weights": {"budget": memory.allowed, "used": memory.used, "pinned": memory.pinned},
+        "kv": {"budget": holder.kv_budget, "used": holder.kv_bytes},
     }
 
 

@@ -35,6 +35,7 @@ STATUS: dict[str, Any] = {
             "kv": {"budget": 1_000_000_000, "used": 0},
         }
     ],
+    "prefetched": 3_000_000,
     "sessions": 2,
     "disk": {"used": 7_000_000, "budget": None},
     "rates": {"download": 1000, "upload": 0},
@@ -50,7 +51,7 @@ def written(data: Path, **changes: Any) -> dict[str, Any]:
 def test_for_people(tmp_path: Path) -> None:
     written(tmp_path)
     shown = CliRunner().invoke(command, ["--data", str(tmp_path)], catch_exceptions=False).output
-    for words in ("127.0.0.1:6881", "cpu (x, 2 threads)", "1 GB", "4 GB", "500 MB", "7 MB", "0-2", "BF16"):
+    for words in ("127.0.0.1:6881", "cpu (x, 2 threads)", "1 GB", "4 GB", "500 MB", "3 MB", "7 MB", "0-2", "BF16"):
         assert words in shown
     assert "█████░░░" in shown
 
