@@ -22,12 +22,15 @@ What becomes of every class that transformers maps for language modelling. `tool
 builds a tiny random model of each, cuts it into three, and compares the parts with the whole in fp32: the logits behind
 a prompt to the bit, {tokens} greedy tokens, a left-padded batch of two, a prompt longer than the sliding window where
 there is one, a prompt in chunks where the model itself can do that. Of masked models only logits are compared. Each is
-saved, published and held as any checkpoint is.
+saved, published and held as any checkpoint is; the three parts run in one process, every border in its wire form (whole
+sessions over holder processes are what `tests/swarm/test_shapes.py` runs, for a few families). Greedy, padded and chunked
+logits may differ by 1e-4 of the largest, the tokens by none.
 
 A few models do not agree with themselves. What some decode step by step differs from what their forward gives for the
 whole text, so that no split could give both: with `replay = true` in the recipe they are held to the latter, which is
 `generate(use_cache=False)`. Others give for a prompt in parts something else than for the prompt at once: with
-`chunks = false` holders get it whole. Publishing refuses both without the hint; the table says which models have one.
+`chunks = false` holders get it whole. Publishing refuses both without the hint, which is tried for each; the table says
+which models have one.
 
 torch {torch}, transformers {transformers}.
 
@@ -35,7 +38,7 @@ torch {torch}, transformers {transformers}.
 | --- | --- | --- |
 """
 MEANING = {
-    "exact": "nothing differed",
+    "exact": "nothing differed by more than that",
     "refused": "the splitter says that it cannot, and why",
     "wrong": "it was split and differed, or broke: a bug",
     "unbuildable": "transformers does not build or run the tiny model by itself",
