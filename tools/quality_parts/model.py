@@ -60,6 +60,13 @@ def demo(data: Path) -> Model:
 
 def off_the_grid(data: Path) -> Model:
     """The same model with moved weights, in F32."""
+    folder = data / "off-the-grid-checkpoint"
+    if not folder.exists():
+        _save_moved(folder)
+    return _published(Recipe("off-the-grid", folder, tokenizer=False), data)
+
+
+def _save_moved(folder: Path) -> None:
     recipe = load(find_recipe()).recipe
     assert recipe is not None
     path = locate(recipe).path
@@ -76,9 +83,7 @@ def off_the_grid(data: Path) -> Model:
         del config.quantization_config
     fresh = AutoModelForCausalLM.from_config(config)
     fresh.load_state_dict(state)
-    folder = data / "off-the-grid"
     fresh.save_pretrained(folder)
-    return _published(Recipe("off-the-grid", folder, tokenizer=False), data)
 
 
 def _published(recipe: Recipe, data: Path) -> Model:
