@@ -99,7 +99,7 @@ def rows(model: Model, text: torch.Tensor, prompt: torch.Tensor, cache: Path) ->
         patched = mock.patch.object(packed, "by_groups", nearest) if setting.rounded else nullcontext()
         with patched:
             held = model.held(setting.compute, dict(setting.stored), None if setting.rounded else cache)
-        runner = held.runner(model.span)
+            runner = held.runner(model.span)  # here the weights are loaded
         picked = _decode(runner, prompt) if reference is None else _picked(runner, prompt, reference.next)
         said = Said(_logits(runner, text), picked)
         speed = _speed(runner, prompt)
