@@ -21,8 +21,8 @@ FINEST_FIRST = (*COMPUTED, *STORED)
 INT4_GROUP = 32
 LEAST_SIDE = 32
 """Matrices with a shorter side are not worth quantizing."""
-LOSS = {"F32": 0.0, "F16": 0.00002, "BF16": 0.0005, "INT8": 0.002, "INT4": 0.06}
-"""About the KL divergence to F32, nats per token, when all of a model is so; see docs/precision.md."""
+LOSS = {"F32": 0.0, "F16": 0.00002, "BF16": 0.001}
+"""About the KL divergence to F32, nats per token; see docs/precision.md."""
 WORTHWHILE = 1.2
 """Times as fast as the published dtype another one must be, to be computed in instead."""
 
