@@ -23,8 +23,8 @@ builds a tiny random model of each, cuts it into three, and compares the parts w
 a prompt to the bit, {tokens} greedy tokens, a left-padded batch of two, a prompt longer than the sliding window where
 there is one, a prompt in chunks where the model itself can do that. Of masked models only logits are compared. Each is
 saved, published and held as any checkpoint is; the three parts run in one process, every border in its wire form (whole
-sessions over holder processes are what `tests/swarm/test_shapes.py` runs, for a few families). Greedy, padded and chunked
-logits may differ by 1e-4 of the largest, the tokens by none.
+sessions over holder processes are what `tests/swarm/test_shapes.py` runs, for a few families). Logits of greedy, padded
+and chunked text may differ by 1e-4 of the largest, the tokens by none.
 
 A few models do not agree with themselves. What some decode step by step differs from what their forward gives for the
 whole text, so that no split could give both: with `replay = true` in the recipe they are held to the latter, which is

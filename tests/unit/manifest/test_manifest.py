@@ -331,8 +331,8 @@ def test_a_small_manifest_cannot_name_more_tensors_than_a_large_one() -> None:
 
 def test_other_versions_are_named() -> None:
     content = msgpack.unpackb(example().to_bytes())
-    with pytest.raises(ArtifactError, match="version 2"):
-        Manifest.from_bytes(msgpack.packb({**content, "version": 2}))
+    with pytest.raises(ArtifactError, match="version 3"):
+        Manifest.from_bytes(msgpack.packb({**content, "version": 3}))
     with pytest.raises(ArtifactError):
         Manifest.from_bytes(msgpack.packb({**content, "extra": 1}))
 
