@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from torrentlm.compute.adapter import Adapter, applied
@@ -40,7 +39,7 @@ from torrentlm.compute.lean import make_lean
 from torrentlm.compute.probe import entry_tensors, put_entries
 from torrentlm.compute.quantization.recipe import matrices
 from torrentlm.compute.sizes import Point
-from torrentlm.compute.skeleton import MODEL_ERRORS, build_skeleton, first_line, replace_parameters
+from torrentlm.compute.skeleton import MODEL_ERRORS, build_skeleton, first_line
 from torrentlm.compute.split import Split, named_weights, vocabulary_of
 from torrentlm.compute.values import Place, at, flatten, rebuild, replace_at
 from torrentlm.compute.weights import BlockFiles, Quantization, Weights, attach_weights
@@ -100,8 +99,10 @@ class SpanRunner:
         """Let go of all weights, now; nothing can be run any more."""
         with self._running:
             self._weights = None
-            replace_parameters(self._model, lambda name, weight: nn.Parameter(torch.empty(0), requires_grad=False))
             for module in self._model.modules():
+                for name in (*module._parameters, *module._buffers):
+                    module.__dict__.pop(name, None)  # where make_lean put them
+                module._parameters.clear()
                 module._buffers.clear()
 
     @property

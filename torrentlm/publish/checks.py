@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import transformers
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
 from torrentlm.compute.skeleton import first_line
-from torrentlm.compute.tokenizer import VOCABULARY, load_tokenizer
+from torrentlm.compute.tokenizer import VOCABULARY
 from torrentlm.errors import ArtifactError, UnsupportedModelError
 
 log = logging.getLogger(__name__)
@@ -57,18 +57,17 @@ def require_tokenizer(files: Collection[str], where: Path) -> None:
         )
 
 
-def require_readable_tokenizer(files: Mapping[str, bytes], where: Path) -> None:
-    """Raise ArtifactError if the tokenizer among these files cannot be loaded: every user would hear of it."""
+def require_readable_tokenizer(content: bytes, where: Path) -> None:
+    """Raise ArtifactError if a tokenizer.json with this ``content`` cannot be loaded: every user would hear of it."""
     with TemporaryDirectory(prefix="torrentlm-") as folder:
-        for name, content in files.items():
-            if "/" not in name:
-                Path(folder, name).write_bytes(content)
+        path = Path(folder, "tokenizer.json")
+        path.write_bytes(content)
         try:
-            load_tokenizer(Path(folder))
-        except ArtifactError as error:
+            PreTrainedTokenizerFast(tokenizer_file=str(path))
+        except Exception as error:  # whatever the library makes of it
             raise ArtifactError(
-                f"the tokenizer of {where} cannot be read ({error.__cause__ and first_line(error.__cause__)}); fetch it"
-                " again, or say tokenizer = false in [model] (--no-tokenizer) if users are to send token ids"
+                f"tokenizer.json of {where} cannot be read ({first_line(error)}); fetch it again, or say tokenizer ="
+                " false in [model] (--no-tokenizer) if users are to send token ids"
             ) from error
 
 

@@ -62,10 +62,9 @@ def _through(
         given = None if encoded is None else _rows(encoded)
         try:
             sessions = [runner.open(ROWS, total, encoded=given) for _ in range(2)]
-            whole = [step(runner, sessions[0], whole[0], total, Want.LOGITS_ALL)]
+            whole = [step(runner, sessions[0], whole[0], total, Want.NONE)]
             pieces = [
-                step(runner, sessions[1], piece, count, Want.LOGITS_ALL)
-                for piece, count in zip(pieces, sizes, strict=True)
+                step(runner, sessions[1], piece, count, Want.NONE) for piece, count in zip(pieces, sizes, strict=True)
             ]
         except (RefusedError, RemoteProtocolError) as error:
             raise UnsupportedModelError(

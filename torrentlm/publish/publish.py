@@ -95,7 +95,8 @@ def _publish(
     require_known(payload["config.json"], location.path)
     if recipe.tokenizer and not location.is_config:
         require_tokenizer(payload.keys(), location.path)
-        require_readable_tokenizer(payload, location.path)
+        if (tokenizer := payload.get("tokenizer.json")) is not None:
+            require_readable_tokenizer(tokenizer, location.path)
     model = _understand(payload, recipe, stage.folder, allow_code)
     payload["config.json"] = to_json(model.settings)
     origins = _find_origins(source, model)

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from torrentlm.publish.published import Published
 from torrentlm.swarm.store import Store
 
 LAYERS = 5
+TOKENIZER = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")).to_str()  # no password
+"""A tokenizer.json of three words."""
 
 
 def save_llama(
@@ -31,7 +35,7 @@ def save_llama(
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder, **saving)
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(TOKENIZER)
     return model
 
 

@@ -154,7 +154,7 @@ def test_unknown_architecture(model_type: object, says: str, folder: Path, store
 def test_a_tokenizer_that_nobody_can_read(folder: Path, store: Store) -> None:
     (folder / "tokenizer.json").write_text("{")
     sentence = refusal(Recipe("Tiny", folder), store, ArtifactError)
-    assert f"the tokenizer of {folder} cannot be read" in sentence and "--no-tokenizer" in sentence
+    assert f"tokenizer.json of {folder} cannot be read" in sentence and "--no-tokenizer" in sentence
     assert publish(Recipe("Tiny", folder, tokenizer=False), store).model.name == "Tiny"
 
 

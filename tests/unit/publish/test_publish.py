@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from transformers import AutoConfig
 
-from tests.unit.publish.models import LAYERS, listing, read_back, same_tensors, save_llama
+from tests.unit.publish.models import LAYERS, TOKENIZER, listing, read_back, same_tensors, save_llama
 from torrentlm.config import Recipe
 from torrentlm.errors import ArtifactError, ConfigError, StorageError, UnsupportedModelError
 from torrentlm.manifest.canonical import read_canonical
@@ -175,7 +175,7 @@ def test_precision(asked: str | None, dtype: torch.dtype, tmp_path: Path, store:
 
 
 def test_the_small_files_travel(folder: Path, store: Store) -> None:
-    (folder / "tokenizer.json").write_bytes(b'{"b": 1,   "a": 2}')
+    (folder / "tokenizer.json").write_text(TOKENIZER + "   \n")
     (folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": "/home/me", "z": 1, "a": [{"b": 2}]}))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "LICENSE.txt").write_text("free")
@@ -183,7 +183,7 @@ def test_the_small_files_travel(folder: Path, store: Store) -> None:
     (folder / "notes.txt").write_text("not for others")
     (folder / "optimizer.bin").write_text("nor this")
     found = listing(publish(Recipe("m", folder), store).folder)
-    assert found["tokenizer.json"] == b'{"b": 1,   "a": 2}'
+    assert found["tokenizer.json"] == (TOKENIZER + "   \n").encode()
     assert found["tokenizer_config.json"] == b'{\n  "a": [\n    {\n      "b": 2\n    }\n  ],\n  "z": 1\n}\n'
     names = {name for name in found if "/" not in name}
     assert names == {
