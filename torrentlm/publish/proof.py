@@ -47,6 +47,8 @@ SINGLE = 2
 """Steps of one token behind the prompt; one where the weights are streamed: each costs a pass over all of them."""
 SAMPLED = 3
 """Blocks behind the stem in which a large model's prompt in parts is looked at; layers of one kind do alike."""
+SAMPLED_BYTES = 256 << 20
+"""Bytes of such a block in F32 at most: larger ones would take more memory than publishing has."""
 DECODED = 3
 """Tokens that a model without a known state decodes by itself."""
 ALIKE = 1e-3
@@ -119,7 +121,8 @@ def prove(
     for side, (split, cut) in enumerate(zip(splits, cuts, strict=True)):
         if split.inputs.causal and split.chunks and not split.replays:
             some = _first_blocks(manifest, side, paths) if is_large else cut.parts
-            require_same_in_parts(config, split, some, run.encoded)
+            if some:
+                require_same_in_parts(config, split, some, run.encoded)
     report(len(parts), len(parts))
     best = runs.get("F32", run)
     streamed = any(cut.streamed for cut in cuts)
@@ -177,10 +180,12 @@ def _spans_within(manifest: Manifest, blocks: Span, limit: int) -> list[Span]:
 
 
 def _first_blocks(manifest: Manifest, side: int, paths: Mapping[str, Path]) -> list[Part]:
-    """The stem and the first layers, of as many kinds as there are among them, a part each."""
+    """The stem and the first layers, of as many kinds as there are among them, a part each; none if they are large."""
     blocks = manifest.side_blocks(side)
-    last = min(blocks.first + SAMPLED, blocks.last - 1)
-    return [part_of(manifest, Span(block, block), paths) for block in range(blocks.first, last + 1)]
+    spans = [Span(block, block) for block in range(blocks.first, min(blocks.first + SAMPLED, blocks.last - 1) + 1)]
+    if max(_size(manifest, span) for span in spans) > SAMPLED_BYTES:
+        return []
+    return [part_of(manifest, span, paths) for span in spans]
 
 
 def _size(manifest: Manifest, span: Span) -> int:
