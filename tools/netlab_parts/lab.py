@@ -24,16 +24,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from netlab_parts import kernel
 from netlab_parts.kernel import LabError
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from torrentlm.cli.signals import ENDING, exit_on, held_back
+
 BURST_S = 0.005
 MIN_BURST = 16_000
 """Bytes; less than a few frames would make tbf slower than its rate."""
@@ -103,7 +104,7 @@ class Lab:
         return {"TORRENTLM_LOOPBACK_ONLY": "1", "TORRENTLM_ALLOWED_NETS": str(self.subnet), "HF_HUB_OFFLINE": "1"}
 
     def __enter__(self) -> Lab:
-        self._before = {number: signal.signal(number, _end) for number in ENDING[1:]}
+        self._before = {number: signal.signal(number, exit_on) for number in ENDING[1:]}
         try:
             with held_back():
                 kernel.remove(kernel.stale())
@@ -212,28 +213,6 @@ def measured_rate(sender: Host, receiver: Host, seconds: float = 2.0) -> float:
     finally:
         end(listening, grace=0)
         listening.stdout.close()
-
-
-@contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """Run the block whole: a signal that would end this process takes effect after it."""
-    caught: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-
-    before = {number: signal.signal(number, remember) for number in ENDING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if caught:
-            signal.raise_signal(caught[0])
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _shape(namespace: str, device: str, rate: int | None) -> None:

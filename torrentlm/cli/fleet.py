@@ -15,42 +15,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from torrentlm.cli.parent import VARIABLE
+from torrentlm.cli.signals import exit_on, held_back
 from torrentlm.errors import HolderLostError
 
 PROGRAM = (sys.executable, "-m", "torrentlm", "seed")
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 8.0
 """How long processes have to stop by themselves before they are killed."""
 LAST_WORDS = 4096
 """Bytes at the end of a log that are searched for its last line."""
-
-
-@contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """Run the block whole: a signal that would end this process takes effect after it."""
-    caught: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-
-    before = {number: signal.signal(number, remember) for number in ENDING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if caught:
-            signal.raise_signal(caught[0])
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 class Fleet:
@@ -63,7 +40,7 @@ class Fleet:
         self._events: queue.SimpleQueue[tuple[str, dict[str, Any] | None]] = queue.SimpleQueue()
 
     def __enter__(self) -> Fleet:
-        self._before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
+        self._before = {number: signal.signal(number, exit_on) for number in (signal.SIGTERM, signal.SIGHUP)}
         return self
 
     def __exit__(

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from torrentlm.cli import fleet as module
-from torrentlm.cli.fleet import Fleet, held_back
+from torrentlm.cli.fleet import Fleet
+from torrentlm.cli.signals import held_back
 from torrentlm.errors import HolderLostError
 
 CHILD = """
