@@ -21,8 +21,8 @@ from torrentlm.records import Endpoint
 async def main(data: Path, torrents: list[Torrent], endpoint: Endpoint) -> None:
     async with open_keeper(data, 4 * torrents[0].size, download_limit=1_000_000) as keeper:
         files = keeper.model(torrents, [endpoint])
-        print("begun", flush=True)
         while True:
+            print("fetching", flush=True)
             await files.fetch(random.sample(files._manifest.files, 2))
 
 

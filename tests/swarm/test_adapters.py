@@ -19,6 +19,7 @@ from tests.peft_adapters import make_adapter, merged
 
 PROMPTS = ("Once upon a time", "def f(x):")
 NEW = 16
+PLAIN = 20  # generations until the better route is found
 PARTS = ("0-1", "2-3", "4-5")
 
 
@@ -97,6 +98,11 @@ def tokens(model: torrentlm.Model, prompt: str, adapter: str | None) -> list[int
     return list(model.last.tokens)
 
 
+def hops_of(model: torrentlm.Model) -> int:
+    assert model.last is not None
+    return len(model.last.route)
+
+
 @pytest.mark.parametrize("name", ["pirate", "poet", "late", None])
 def test_greedy_tokens_are_the_merged_models(model: torrentlm.Model, swarm: Adapted, name: str | None) -> None:
     adapter = None if name is None else swarm.adapters[name]
@@ -166,12 +172,16 @@ def test_the_route_goes_around_holders_that_apply_none(swarm: Adapted, tmp_path:
     with Seed(swarm.magnet, tmp_path / "all", "--blocks", "0-5") as alone:
         magnet = alone.wait_for("ready")["magnet"]
         with torrentlm.connect(magnet, data=tmp_path / "client", port=0, dht_bootstrap=["none"]) as model:
-            assert tokens(model, PROMPTS[0], None) == swarm.expected(PROMPTS[0], None)
-            assert model.last is not None and len(model.last.route) == 1
+            for _ in range(PLAIN):  # which route is better is measured, and one measurement may be off
+                assert tokens(model, PROMPTS[0], None) == swarm.expected(PROMPTS[0], None)
+                if hops_of(model) == 1:
+                    break
+            assert hops_of(model) == 1
             assert tokens(model, PROMPTS[0], swarm.adapters["pirate"]) == swarm.expected(PROMPTS[0], "pirate")
-            assert len(model.last.route) == 3
+            assert hops_of(model) == 3
             # Only the last two layers are changed: blocks 0 to 2 may be anybody's.
             assert tokens(model, PROMPTS[0], swarm.adapters["late"]) == swarm.expected(PROMPTS[0], "late")
+            assert model.last is not None
             assert (model.last.route[0].first, model.last.route[-1].last) == (0, 5)
 
 

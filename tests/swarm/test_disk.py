@@ -204,11 +204,13 @@ async def test_killed_while_fetching(tmp_path: Path) -> None:
             (tmp_path / "a" / f"{torrent.name}.torrent").write_bytes(torrent.to_bytes())
         script = Path(__file__).with_name("crash_fetch.py")
         command = [sys.executable, str(script), str(tmp_path / "data"), str(tmp_path / "a"), str(seed.endpoint)]
-        for _ in range(KILLS):
+        for kill in range(KILLS):
             process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
             assert process.stdout is not None
-            await process.stdout.receive_some(1)  # it has begun
-            await trio.sleep(chance.uniform(0, 2))
+            said = b""
+            while said.count(b"\n") < 1 + kill % 2:  # it has begun; every other time it has fetched something, too
+                said += await process.stdout.receive_some(100)
+            await trio.sleep(chance.uniform(0, 1))
             assert process.poll() is None
             process.send_signal(signal.SIGKILL)
             await process.wait()

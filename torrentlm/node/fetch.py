@@ -47,6 +47,10 @@ class BlockFiles:
         self._shelf = parts.shelf
         self._coming: set[str] = set()
         self._said: frozenset[int] = frozenset()
+        self._blocks_of: dict[str, set[int]] = {file.name: set() for file in manifest.files}
+        for block in range(len(manifest.blocks)):
+            for file in manifest.block_files(block):
+                self._blocks_of[file.name].add(block)
         self.changed = trio.Event()
         """Replaced by another one whenever it is set: other blocks are ready than before."""
         self._shelf.watch(self._publish)
@@ -180,6 +184,7 @@ class BlockFiles:
                 await running.recheck()  # it seeds what was thought complete
             transfer = running or shelf.start(file, self._folder, verified=False, urgency=urgency)
             transfer.urge(urgency)
+            self._introduce(file)  # at once, and not at the next turn of those who feed
             while not store.holds(file.name):
                 try:
                     await transfer.wait_complete(stall_timeout=float("inf"))
@@ -203,27 +208,25 @@ class BlockFiles:
 
     async def _feed(self, files: Sequence[FileEntry]) -> None:
         """Keep telling libtorrent who has what; it ignores those that it is connected to."""
-        blocks_of = {file.name: set[int]() for file in files}
-        for block in range(len(self._manifest.blocks)):
-            for file in self._manifest.block_files(block):
-                if file.name in blocks_of:
-                    blocks_of[file.name].add(block)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._look_up, files)
             while True:
-                candidates = self._peers.snapshot().candidates
                 for file in files:
-                    transfer = self._shelf.transfers.get(file.name)
-                    if transfer is None or transfer.complete:
-                        continue
-                    for candidate in candidates:
-                        spans = (*candidate.held, *candidate.fetching)
-                        if any(block in span for span in spans for block in blocks_of[file.name]):
-                            transfer.connect_peer(candidate.endpoint)
+                    self._introduce(file)
                 changed = self._peers.heard
                 await trio.sleep(FEED_PAUSE_S)
                 with trio.move_on_after(FEED_EVERY_S - FEED_PAUSE_S):
                     await changed.wait()
+
+    def _introduce(self, file: FileEntry) -> None:
+        """Tell this file's transfer, if it runs, who has the file or is fetching it."""
+        transfer = self._shelf.transfers.get(file.name)
+        if transfer is None or transfer.complete:
+            return
+        for candidate in self._peers.snapshot().candidates:
+            spans = (*candidate.held, *candidate.fetching)
+            if any(block in span for span in spans for block in self._blocks_of[file.name]):
+                transfer.connect_peer(candidate.endpoint)
 
     async def _look_up(self, files: Sequence[FileEntry]) -> None:
         """Ordinary clients that seed a block have no record: only the DHT knows of them."""
