@@ -40,6 +40,7 @@ class Others:
     def __init__(self, model: bytes, endpoints: Sequence[Endpoint]) -> None:
         self.record = SimpleNamespace(model=model)
         self.held: tuple[Span, ...] = ()
+        self.fetching: list[tuple[Span, ...]] = []
         self.heard = trio.Event()
         every = (Span(0, 999),)
         candidates = [SimpleNamespace(endpoint=endpoint, held=every, fetching=()) for endpoint in endpoints]
@@ -50,6 +51,7 @@ class Others:
 
     def publish(self, *, held: tuple[Span, ...], fetching: tuple[Span, ...]) -> None:
         self.held = held
+        self.fetching.append(fetching)
 
 
 class Keeper:

@@ -9,7 +9,7 @@ import sys
 import time
 
 import torrentlm
-from torrentlm.errors import NetworkError
+from torrentlm.errors import NetworkError, NoHolderError
 
 PROMPT = "Once upon a time"
 LIMIT_S = 900.0
@@ -20,7 +20,7 @@ def main() -> int:
     until = time.monotonic() + LIMIT_S
     with torrentlm.connect(magnet, data=data, port=0, dht_bootstrap=["none"]) as model:
         while time.monotonic() < until:
-            with contextlib.suppress(NetworkError):  # a route is waited for half a minute
+            with contextlib.suppress(NetworkError, NoHolderError):  # a route is waited for half a minute
                 for _ in model.generate(PROMPT, max_new_tokens=1, stream=True):
                     break
                 print("token", flush=True)

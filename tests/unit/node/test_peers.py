@@ -134,3 +134,29 @@ def test_the_record_is_put_again_before_the_dht_forgets_it() -> None:
         assert [round(later - sooner) for sooner, later in pairwise(dht.puts)] == [peers.PUT_EVERY_S] * 2
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_who_begins_to_fetch_is_told_to_those_that_are_here() -> None:
+    """At its greeting it had nothing to be known for; those that are known for blocks hear of it, once."""
+
+    async def main() -> None:
+        model, gateway, _ = make()
+        third = NodeKey(b"t" * 32)
+        places = {HOLDER: HERE, CLIENT: THERE, third: Endpoint("10.0.0.3", 3)}
+        for node, endpoint in places.items():
+            gateway.pipes[node] = await greeted(model, node, endpoint)
+        for pipe in gateway.pipes.values():
+            pipe.sent.clear()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(model._introduce)
+            for node in (HOLDER, CLIENT):
+                model.hear(node, Record(PeerRecord(node, MODEL, places[node].port, sequence=1, fetching=(Span(0, 1),))))
+                await trio.sleep(2 * peers.INTRODUCE_PAUSE_S)
+            model.hear(CLIENT, Record(PeerRecord(CLIENT, MODEL, THERE.port, sequence=2, held=(Span(0, 1),))))
+            await trio.sleep(2 * peers.INTRODUCE_PAUSE_S)
+            nursery.cancel_scope.cancel()
+        assert gateway.pipes[HOLDER].sent == [Peers((Contact(CLIENT, THERE.host, THERE.port),))]
+        assert gateway.pipes[CLIENT].sent == []  # who was told of it dials it
+        assert gateway.pipes[third].sent == []  # it neither has nor wants any
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
