@@ -13,9 +13,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from _holder import Holder, pss_of
 
 import torrentlm
 from torrentlm.cli.demo import find_recipe
@@ -83,7 +84,7 @@ def run(runs: int, tokens: int = 64, dtype: str = "F32", threads: int = 0) -> di
     }
 
 
-def _wire_bytes_per_token(model: torrentlm.Model, holders: list[_Holder], tokens: int) -> float:
+def _wire_bytes_per_token(model: torrentlm.Model, holders: list[Holder], tokens: int) -> float:
     """What one more token costs: the prompt's own bytes are in both terms of the difference."""
 
     def cost(count: int) -> int:
@@ -123,50 +124,16 @@ class _Talker:
         self._process.wait()
 
 
-class _Holder:
-    """A ``torrentlm seed --json`` process."""
-
-    def __init__(self, model: str, data: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "torrentlm", "seed", model, "--data", str(data), "--json", *options]
-        common = ["--host", "127.0.0.1", "--port", "0", "--dht-bootstrap", "none"]
-        self._process = subprocess.Popen([*command, *common], stdout=subprocess.PIPE, text=True)
-        self.pid = self._process.pid
-
-    def wait_ready(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            event: dict[str, Any] = json.loads(line)
-            if event["event"] == "ready":
-                return event
-        raise RuntimeError("a holder ended before it was ready")
-
-    def wire_bytes(self) -> int:
-        """Bytes that this process has sent to other processes on its open connections, as the kernel counts them.
-
-        Connections to itself are left out: the gateway and libtorrent talk through the loopback device too.
-        """
-        found = subprocess.run(["ss", "-tinpH", "state", "established"], capture_output=True, text=True, check=True)
-        lines = found.stdout.splitlines()
-        own = [(line.split(), details) for line, details in pairwise(lines) if f"pid={self.pid}," in line]
-        here = {words[2] for words, _ in own}
-        sent = [details.partition("bytes_sent:")[2].split(" ")[0] for words, details in own if words[3] not in here]
-        return sum(int(count or 0) for count in sent)
-
-    def end(self) -> None:
-        self._process.terminate()
-        self._process.wait(20)
-
-
 @contextmanager
-def _holders(folder: Path, recipe: Path, dtype: str, threads: int) -> Iterator[tuple[str, list[_Holder]]]:
+def _holders(folder: Path, recipe: Path, dtype: str, threads: int) -> Iterator[tuple[str, list[Holder]]]:
     with ExitStack() as stack:
-        publisher = _Holder(str(recipe), folder / "publisher", "--blocks", "none")
+        publisher = Holder(str(recipe), folder / "publisher", "--blocks", "none")
         stack.callback(publisher.end)
         magnet = publisher.wait_ready()["magnet"]
         how = ("--precision", dtype, "--threads", str(threads))
         holders = []
         for number, span in enumerate(SPANS):
-            holder = _Holder(magnet, folder / str(number), "--blocks", span, *how)
+            holder = Holder(magnet, folder / str(number), "--blocks", span, *how)
             stack.callback(holder.end)
             holders.append(holder)
         magnets = [holder.wait_ready()["magnet"] for holder in holders]
@@ -186,11 +153,3 @@ def _idle_process() -> Iterator[int]:
     finally:
         process.kill()
         process.wait()
-
-
-def pss_of(pid: int) -> int:
-    """Proportional set size in bytes: shared pages count by their share."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("the kernel does not say how much memory a process takes")

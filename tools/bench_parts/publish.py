@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from _big import make_checkpoint
-from decode import pss_of
+from _holder import pss_of
 
 from torrentlm.cli.demo import find_recipe
 from torrentlm.config import load

@@ -20,6 +20,7 @@ from torch import nn
 from torrentlm.compute.border import DTYPES, aligned, view_of
 from torrentlm.compute.device import memory_errors
 from torrentlm.compute.quantization.kept import find, keep, key_of
+from torrentlm.compute.quantization.narrow import AS_PUBLISHED, LEAST, Narrow
 from torrentlm.compute.quantization.recipe import quantized
 from torrentlm.compute.quantization.tensor import QuantizedTensor
 from torrentlm.compute.skeleton import replace_parameters
@@ -41,8 +42,8 @@ MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it yet
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Block files, by name, that are kept as INT8 or INT4 (``kinds``); ``cache`` is the folder to keep them in on disk,
-    if any.
+    """Block files, by name, that are kept as INT8 or INT4, or ``AS_PUBLISHED``, which is as they lie in the file
+    (``kinds``); ``cache`` is the folder to keep them in on disk, if any.
     """
 
     kinds: Mapping[str, str] = field(default_factory=dict)
@@ -72,7 +73,8 @@ class BlockWeights:
 
 
 class QuantizedWeights:
-    """A block's tensors by their names in the model; matrices are kept in INT8 or INT4, on one device.
+    """A block's tensors by their names in the model; matrices are kept in INT8 or INT4, or in the file's own type, on
+    one device.
 
     Made tensor by tensor from a mapped file: at no time are there two copies of more than one.
     """
@@ -85,6 +87,9 @@ class QuantizedWeights:
         how: How,
     ) -> None:
         self.name = file.name
+        if how.kind == AS_PUBLISHED:
+            self.tensors = {name: _narrow(tensor, how) for name, tensor in convert(named)}
+            return
         kept = key_of(file.name, {**dict.fromkeys(named, False), **how.matrices}, how.kind, how.dtype)
         found = None if how.cache is None else find(how.cache, kept, how.dtype, map_file)
         if found is not None:
@@ -233,6 +238,13 @@ def _state(path: Path) -> tuple[object, ...]:
 
 def _to(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _narrow(tensor: torch.Tensor, how: How) -> torch.Tensor:
+    """``tensor`` as it is, to compute with in a wider type; a small one becomes wide."""
+    if not tensor.is_floating_point() or tensor.dtype == how.dtype or tensor.numel() < LEAST:
+        return _to(tensor, how.dtype, how.device)
+    return QuantizedTensor(Narrow(tensor.to(how.device)), how.dtype)
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

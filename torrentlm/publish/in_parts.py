@@ -10,7 +10,9 @@ from transformers import PretrainedConfig
 from torrentlm.compute.border import pack, unpack
 from torrentlm.compute.chain import Part, step
 from torrentlm.compute.inputs import Encoded
+from torrentlm.compute.quantization.narrow import AS_PUBLISHED
 from torrentlm.compute.split import Split
+from torrentlm.compute.weights import Quantization
 from torrentlm.errors import RefusedError, RemoteProtocolError, UnsupportedModelError
 from torrentlm.wire.messages import Want
 from torrentlm.wire.tensors import Tensor
@@ -30,7 +32,7 @@ def require_same_in_parts(
     """Raise UnsupportedModelError, with the hint that helps, if they differ.
 
     ``parts`` are those of one side, the stem first; they need not go on to the head: what may differ is in the layers.
-    Each is there only while it runs, in F32.
+    Each is there only while it runs. It computes in F32, while its weights stay as they lie in the files.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     total = min(sum(TOKENS), limit) if isinstance(limit, int) and limit > 0 else sum(TOKENS)
@@ -54,7 +56,8 @@ def _through(
     whole: list[tuple[Tensor, ...]] = []
     pieces: list[tuple[Tensor, ...]] = []
     for part in parts:
-        runner = part.runner(config, split, torch.float32)
+        narrow = Quantization({path.name: AS_PUBLISHED for path, _ in part.files})
+        runner = part.runner(config, split, torch.float32, quantization=narrow)
         if not whole:
             ids = torch.randint(0, runner.vocabulary, (ROWS, total), generator=torch.Generator().manual_seed(1))
             whole = [(pack(ids),)]

@@ -48,7 +48,9 @@ SINGLE = 2
 SAMPLED = 3
 """Blocks behind the stem in which a large model's prompt in parts is looked at; layers of one kind do alike."""
 SAMPLED_BYTES = 256 << 20
-"""Bytes of such a block in F32 at most: larger ones would take more memory than publishing has."""
+"""Such a block with its largest matrix in F32 takes at most so many bytes, or twice those of the model's largest block:
+more would be more memory than publishing has.
+"""
 DECODED = 3
 """Tokens that a model without a known state decodes by itself."""
 ALIKE = 1e-3
@@ -183,9 +185,18 @@ def _first_blocks(manifest: Manifest, side: int, paths: Mapping[str, Path]) -> l
     """The stem and the first layers, of as many kinds as there are among them, a part each; none if they are large."""
     blocks = manifest.side_blocks(side)
     spans = [Span(block, block) for block in range(blocks.first, min(blocks.first + SAMPLED, blocks.last - 1) + 1)]
-    if max(_size(manifest, span) for span in spans) > SAMPLED_BYTES:
+    stored = [sum(file.size for file in manifest.block_files(block)) for block in range(len(manifest.blocks))]
+    # Of a stem's table a few rows become wide, of a layer one matrix after the other.
+    needed = [stored[blocks.first], *(stored[span.first] + _widest(manifest, span) for span in spans[1:])]
+    if max(needed) > max(SAMPLED_BYTES, 2 * max(stored)):
         return []
     return [part_of(manifest, span, paths) for span in spans]
+
+
+def _widest(manifest: Manifest, span: Span) -> int:
+    """Bytes of the largest tensor in F32."""
+    layouts = (manifest.layouts[file.layout] for file in manifest.span_files(span.first, span.last))
+    return max((math.prod(spec.shape) * 4 for layout in layouts for spec in layout.specs), default=0)
 
 
 def _size(manifest: Manifest, span: Span) -> int:

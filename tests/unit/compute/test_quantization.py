@@ -14,6 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from torrentlm.compute.quantization import kept, packed, recipe
+from torrentlm.compute.quantization.narrow import Narrow
 from torrentlm.compute.quantization.packed import TILE, pack, pack_groups
 from torrentlm.compute.quantization.recipe import matrices, quantized
 from torrentlm.compute.quantization.rounding import GROUP, NORM, Grouped, by_groups, by_rows, nearest
@@ -231,3 +232,35 @@ def test_a_new_recipe_has_new_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "VERSION", recipe.VERSION + 1)
     assert kept.key_of("block", {"a": True}, "INT4", torch.bfloat16) != before
     assert kept.key_of("block", {"a": False}, "INT8", torch.bfloat16) != before
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_stays_narrow_computes_as_if_it_were_wide(turned: bool) -> None:
+    """Equal to the bit: a matrix is made wide for its product, an embedding's rows when they are asked for."""
+    wide = heavy(3, 96, 64).bfloat16().float()
+    weight = QuantizedTensor(Narrow(wide.bfloat16()), torch.float32, turned)
+    due = wide.T if turned else wide
+    value = heavy(4, 5, due.shape[1])
+    assert (weight.dtype, weight.shape, weight.to(torch.float32) is weight) == (torch.float32, due.shape, True)
+    assert torch.equal(functional.linear(value, weight), functional.linear(value, due))
+    assert torch.equal(value @ weight.T, value @ due.T)
+    assert torch.equal(weight * 2, due * 2)
+    indices = torch.tensor([[3, 0, 3], [1, 2, 7]])
+    assert torch.equal(functional.embedding(indices, weight), functional.embedding(indices, due))
+
+
+def test_only_what_is_asked_for_becomes_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    dense = Narrow.dense
+
+    def counting(self: Narrow, dtype: torch.dtype) -> torch.Tensor:
+        counts.append(self.values.numel())
+        return dense(self, dtype)
+
+    monkeypatch.setattr(Narrow, "dense", counting)
+    table = QuantizedTensor(Narrow(heavy(3, 96, 64).bfloat16()), torch.float32)
+    functional.embedding(torch.tensor([[3, 0], [1, 2]]), table)
+    experts = QuantizedTensor(Narrow(heavy(3, 8, 16, 64).bfloat16()), torch.float32)
+    functional.linear(heavy(1, 2, 64), experts[5])
+    assert torch.equal(experts[torch.tensor([1, 6])], experts.dense()[[1, 6]])
+    assert counts == [4 * 64, 2 * 16 * 64, 8 * 16 * 64]

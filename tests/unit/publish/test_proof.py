@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DogeConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.e2e import checkpoint
 from tests.unit.publish.models import listing, save_llama
-from torrentlm.compute import chain
+from torrentlm.compute import chain, weights
 from torrentlm.compute.samples import TOKENS
 from torrentlm.compute.skeleton import read_config
 from torrentlm.compute.span import SpanRunner
@@ -22,6 +23,7 @@ from torrentlm.config import Recipe
 from torrentlm.errors import RefusedError, UnsupportedModelError
 from torrentlm.manifest.sidecar import Libraries, Sidecar
 from torrentlm.publish import proof
+from torrentlm.publish import publish as publishing
 from torrentlm.publish.proof import Proof, prove
 from torrentlm.publish.publish import publish
 from torrentlm.publish.published import Published, recognise
@@ -146,6 +148,40 @@ def test_a_large_model_needs_no_f32_where_its_own_precision_is_exact(
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("large", [0, proof.LARGE])
+def test_a_model_that_sees_something_else_in_parts_is_refused(
+    large: int, dtype: torch.dtype, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token looks at the few earlier ones that score best, among those of its part."""
+    monkeypatch.setattr(publishing, "prove", partial(prove, large=large))
+    monkeypatch.setattr(weights, "LEAST", 1)
+    torch.manual_seed(0)
+    config = DogeConfig(**SMALL, num_key_value_heads=2, keep_window_size=4, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(UnsupportedModelError, match=r"a prompt in parts gives something else.*chunks = false"):
+        publish(Recipe("Picks", tmp_path / "checkpoint", tokenizer=False), store)
+    found = publish(Recipe("Picks", tmp_path / "checkpoint", tokenizer=False, chunks=False), store)
+    assert not found.manifest.sides[-1].chunks
+    save_llama(tmp_path / "other", dtype=dtype)  # sees the same in parts
+    assert publish(Recipe("Other", tmp_path / "other", tokenizer=False), store).manifest.sides[-1].chunks
+
+
+def test_what_is_too_large_in_f32_is_not_looked_at(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(proof, "require_same_in_parts", lambda config, split, parts, encoded: looked.append(len(parts)))
+    save_llama(tmp_path / "checkpoint", dtype=torch.bfloat16)
+    published = publish(Recipe("Tiny", tmp_path / "checkpoint", tokenizer=False), store)
+    again(published, store, large=0)
+    assert looked == [3, proof.SAMPLED + 1]
+    monkeypatch.setattr(proof, "SAMPLED_BYTES", 0)
+    again(published, store, large=0)
+    largest = max(sum(file.size for file in published.manifest.block_files(block)) for block in range(7))
+    assert (len(looked) == 3) == (largest + 32 * 48 * 4 <= 2 * largest)
+
+
 @pytest.mark.parametrize("layers_per_block", [1, 2])
 def test_part_by_part_where_memory_is_short(layers_per_block: int, folder: Path, store: Store) -> None:
     published = publish(Recipe("Tiny", folder, layers_per_block=layers_per_block), store)
@@ -162,8 +198,6 @@ def test_part_by_part_where_memory_is_short(layers_per_block: int, folder: Path,
 
 def test_streaming_never_holds_two_parts(folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole model and the parts: what is mapped at a time are the files of one block."""
-    from torrentlm.compute import weights
-
     published = publish(Recipe("Tiny", folder), store)
     most = 0
     load = weights.load_block

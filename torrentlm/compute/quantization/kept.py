@@ -79,8 +79,8 @@ def find(
 
 def _parts(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
     for key, tensor in tensors.items():
-        if isinstance(tensor, QuantizedTensor):
-            yield from ((f"{key}:{part}", value.cpu()) for part, value in tensor.packed.parts.items())
+        if (packed := _packed(tensor)) is not None:
+            yield from ((f"{key}:{part}", value.cpu()) for part, value in packed.parts.items())
         else:
             yield key, tensor.cpu()
 
@@ -88,9 +88,16 @@ def _parts(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
 def _about(tensors: Tensors) -> dict[str, list[object] | None]:
     """What the parts do not say: kind, tile and whether it is turned; None for a plain tensor."""
     return {
-        key: [tensor.packed.kind, tensor.packed.tile, tensor.turned] if isinstance(tensor, QuantizedTensor) else None
+        key: [packed.kind, packed.tile, tensor.turned]
+        if isinstance(tensor, QuantizedTensor) and (packed := _packed(tensor)) is not None
+        else None
         for key, tensor in tensors.items()
     }
+
+
+def _packed(tensor: torch.Tensor) -> Packed | None:
+    packed = tensor.packed if isinstance(tensor, QuantizedTensor) else None
+    return packed if isinstance(packed, Packed) else None
 
 
 def _whole(key: str, said: list[object] | None, parts: Tensors, dtype: torch.dtype) -> torch.Tensor:

@@ -52,6 +52,10 @@ class Packed:
         return self.codes.nbytes + self.scales.nbytes
 
     @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
     def parts(self) -> dict[str, torch.Tensor]:
         return {"codes": self.codes, "scales": self.scales}
 

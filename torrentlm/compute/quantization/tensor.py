@@ -1,4 +1,5 @@
-"""A quantized weight that any model's code can use: a tensor of the compute dtype to look at, small integers within.
+"""A quantized weight that any model's code can use: a tensor of the compute dtype to look at, small integers within
+(or floating point numbers of a narrower type).
 
 A linear layer's product with it goes to the kernels; whatever else is done with it is done with the floating point
 weights, made for that one operation. Nothing may write to it.
@@ -13,23 +14,24 @@ import torch
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from torrentlm.compute.quantization.narrow import Narrow
 from torrentlm.compute.quantization.packed import Packed
 
 
 class QuantizedTensor(torch.Tensor):
     """``packed`` as a tensor of ``dtype``; with ``turned`` its last two dimensions are seen the other way round."""
 
-    packed: Packed
+    packed: Packed | Narrow
     turned: bool
 
     @staticmethod
-    def __new__(cls, packed: Packed, dtype: torch.dtype, turned: bool = False) -> QuantizedTensor:
+    def __new__(cls, packed: Packed | Narrow, dtype: torch.dtype, turned: bool = False) -> QuantizedTensor:
         shape = list(packed.shape)
         if turned:
             shape[-2:] = shape[:-3:-1]
         with torch.inference_mode(False):  # torch refuses views of an ordinary tensor that are none
             made: QuantizedTensor = torch.Tensor._make_wrapper_subclass(
-                cls, shape, dtype=dtype, device=packed.codes.device, requires_grad=False
+                cls, shape, dtype=dtype, device=packed.device, requires_grad=False
             )
         made.packed, made.turned = packed, turned
         return made
@@ -100,6 +102,13 @@ def _picked(weight: Any, indices: Sequence[torch.Tensor | None]) -> torch.Tensor
     return QuantizedTensor(weight.packed[indices[0]], weight.dtype, weight.turned).dense()
 
 
+def _rows(weight: torch.Tensor, indices: torch.Tensor, *_: object) -> torch.Tensor | None:
+    """An embedding's: only these become wider. Integers have their scales elsewhere."""
+    if not isinstance(weight, QuantizedTensor) or not isinstance(weight.packed, Narrow) or weight.turned:
+        return None
+    return weight.packed[indices].dense(weight.dtype)
+
+
 def _mm(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     """As the linear layers compute that keep their weight as [in, out]."""
     if not isinstance(weight, QuantizedTensor) or isinstance(value, QuantizedTensor) or not weight.turned:
@@ -120,6 +129,7 @@ _KEPT: dict[Any, Callable[..., torch.Tensor | None]] = {
     _aten.transpose.int: _turn,
     _aten.select.int: _select,
     _aten.index.Tensor: _picked,
+    _aten.embedding.default: _rows,
     _aten.mm.default: _mm,
     _aten.addmm.default: _addmm,
 }
