@@ -16,7 +16,7 @@ import trio
 
 from tests.swarm.nodes import in_trio, make_block, open_node
 from tests.swarm.shelves import open_keeper
-from torrentlm.errors import StorageError
+from torrentlm.errors import DiskFullError, StorageError
 from torrentlm.manifest.torrent import Torrent
 from torrentlm.node.fetch import BlockFiles
 from torrentlm.node.scrub import check_slowly
@@ -169,6 +169,31 @@ async def test_a_full_disk_pauses_and_loses_nothing(tmp_path: Path, small_disk: 
         assert files.held() == [0, 1]
         for torrent, content in blocks:
             assert keeper.store.path(torrent.name).read_bytes() == content
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
+@in_trio(60)
+async def test_a_disk_that_has_no_room_even_for_a_file(tmp_path: Path, small_disk: Path) -> None:
+    """libtorrent stops fetching what it cannot write, and pauses it, too, if a read fails then, as happens at times."""
+    torrent, content = make_block(tmp_path / "a", 300_000)
+    filling = small_disk / "somebody-else's"
+    async with open_node() as seed, open_node() as node:
+        seed.swarm.add_torrent(torrent.to_bytes(), tmp_path / "a", verified=True)
+        (small_disk / "data").mkdir()
+        with pytest.raises(OSError), filling.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 20))
+        transfer = node.swarm.add_torrent(torrent.to_bytes(), small_disk / "data")
+        transfer.connect_peer(seed.endpoint)
+        with pytest.raises(DiskFullError):
+            await transfer.wait_complete()
+        transfer.handle.pause()
+        filling.unlink()
+        transfer.resume()
+        while not transfer.complete:
+            transfer.connect_peer(seed.endpoint)
+            await trio.sleep(0.2)
+        assert (small_disk / "data" / torrent.name).read_bytes() == content
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")

@@ -24,8 +24,11 @@ _ANNOUNCE_INTERVAL = 900.0
 """Afterwards; DHT nodes forget an announce after 30 minutes."""
 _ANNOUNCES_PER_SECOND = 50
 _ENTER_INTERVAL = 0.5
+_MAX_ENTER_INTERVAL = 4.0
 _MAX_ENTRANCES = 200
 _STATS_INTERVAL = 0.1
+_PATIENT_INTERVAL = 1.0
+"""Without a DHT to be in, a node may ask for as long as it runs."""
 _STATS_TIMEOUT = 2.0
 _MAX_PEERS = 500
 """Endpoints taken from one lookup: a hostile DHT node may answer with any number."""
@@ -56,6 +59,7 @@ class Dht:
         self._announces: dict[InfoHash, _Announce] = {}
         self._entrances: set[Endpoint] = set()
         self._wake = trio.Event()
+        self._added = trio.Event()
 
     async def run(self, bootstrap: Sequence[Endpoint]) -> None:
         """The service task: enters the DHT, then announces what is due, paced."""
@@ -79,6 +83,8 @@ class Dht:
         """Make the DHT node at this address (UDP) known, if it is one; host names are passed over."""
         if is_address(endpoint.host) and (endpoint in self._entrances or len(self._entrances) < _MAX_ENTRANCES):
             self._entrances.add(endpoint)
+            self._added.set()
+            self._added = trio.Event()
             if self._session is not None:
                 self._session.add_dht_node((endpoint.host, endpoint.port))
 
@@ -94,9 +100,13 @@ class Dht:
 
     async def wait_nodes(self, within: float) -> bool:
         """Wait until the routing table is not empty; False after ``within`` seconds."""
+        pause = _STATS_INTERVAL
         with trio.move_on_after(within):
-            while not (await self.state()).nodes:  # noqa: ASYNC110, libtorrent has no alert for it
-                await trio.sleep(_STATS_INTERVAL)
+            while not (await self.state()).nodes:  # libtorrent has no alert for it
+                added = self._added
+                with trio.move_on_after(pause):
+                    await added.wait()
+                pause = _STATS_INTERVAL if added.is_set() else min(2 * pause, _PATIENT_INTERVAL)
             return True
         return False
 
@@ -181,7 +191,9 @@ class Dht:
 
     async def _enter(self) -> None:
         """Wait for the first DHT node, asking again and again: libtorrent asks once, and datagrams get lost."""
-        while not await self.wait_nodes(_ENTER_INTERVAL):
+        interval = _ENTER_INTERVAL
+        while not await self.wait_nodes(interval):
+            interval = min(2 * interval, _MAX_ENTER_INTERVAL)
             for endpoint in self._entrances:
                 self._session.add_dht_node((endpoint.host, endpoint.port))
 

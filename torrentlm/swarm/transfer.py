@@ -219,6 +219,8 @@ class Transfer:
         if self.handle.is_valid():
             self.handle.clear_error()
             self.handle.unset_flags(lt.torrent_flags.upload_mode)  # where libtorrent puts what it could not write
+            if not self._held_back:
+                self.handle.resume()  # it is paused if a read failed, too
 
     def stop_serving(self) -> None:
         """Neither give nor take anything until ``recheck``: what lies there is not what it should be."""
