@@ -10,7 +10,7 @@ BENCH = Path(__file__).parents[2] / "tools" / "bench"
 
 
 def test_a_holder_takes_little_beside_weights_and_caches() -> None:
-    """All of SmolLM2, made small while it is loaded, and two sessions at once, within the budgets that it says it has."""
+    """All of SmolLM2, made small while it is loaded, and two sessions at once, within the budgets that it says."""
     options = ("--precision", "INT8", "--ram", "1GB", "--sessions", "2", "--tokens", "8", "--idle", "1")
     done = subprocess.run(
         [BENCH, "memory", "--json", *options], capture_output=True, text=True, timeout=280, check=False

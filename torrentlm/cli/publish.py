@@ -43,7 +43,7 @@ def command(model: str, as_json: bool, **options: object) -> None:
     for event in events:
         click.echo(json.dumps(event) if as_json else event["magnet"])
         if not as_json and event.get("left_out"):
-            click.echo(f"(left out: {text.count(len(event['left_out']), 'tensor')} that no block reads)", err=True)
+            click.echo(f"torrentlm: {text.left_out(event['left_out'])}", err=True)
 
 
 def _publish(settings: Settings, show: Callable[[Event], None]) -> list[Event]:

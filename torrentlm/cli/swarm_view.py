@@ -72,8 +72,8 @@ class SwarmView:
         self.apply(event)
         match event.get("event"):
             case "published":
-                left_out = len(event.get("left_out", ()))
-                aside = f" (left out: {text.count(left_out, 'tensor')} that no block reads)" if left_out else ""
+                left_out = event.get("left_out", ())
+                aside = f" ({text.left_out(left_out)})" if left_out else ""
                 proof = f"\nProof: {self.proof}" if self.proof else ""
                 return f"Published {self.name}{aside}: {self.magnet}{proof}"
             case "rechecked" if self.warning:

@@ -50,6 +50,11 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def left_out(names: Sequence[str]) -> str:
+    """``left out: 18 tensors that no block reads, such as model.layers.4.mlp.up_proj.weight``."""
+    return f"left out: {count(len(names), 'tensor')} that no block reads, such as {min(names)}"
+
+
 def blocks(numbers: Iterable[int]) -> str:
     """``[0, 1, 2, 7]`` → ``blocks 0-2, 7``."""
     numbers = set(numbers)

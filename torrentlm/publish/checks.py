@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,7 +13,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
 from torrentlm.compute.skeleton import first_line
-from torrentlm.compute.tokenizer import VOCABULARY
+from torrentlm.compute.tokenizer import VOCABULARY, load_tokenizer
 from torrentlm.errors import ArtifactError, UnsupportedModelError
 
 log = logging.getLogger(__name__)
@@ -57,16 +57,25 @@ def require_tokenizer(files: Collection[str], where: Path) -> None:
         )
 
 
-def require_readable_tokenizer(content: bytes, where: Path) -> None:
-    """Raise ArtifactError if a tokenizer.json with this ``content`` cannot be loaded: every user would hear of it."""
+def require_readable_tokenizer(files: Mapping[str, bytes], where: Path) -> None:
+    """Raise ArtifactError if the tokenizer among a checkpoint's small files cannot be loaded: every user would hear of
+    it.
+    """
+    name = "tokenizer.json" if "tokenizer.json" in files else "the tokenizer"
     with TemporaryDirectory(prefix="torrentlm-") as folder:
-        path = Path(folder, "tokenizer.json")
-        path.write_bytes(content)
         try:
-            PreTrainedTokenizerFast(tokenizer_file=str(path))
+            if "tokenizer.json" in files:
+                path = Path(folder, "tokenizer.json")
+                path.write_bytes(files["tokenizer.json"])
+                PreTrainedTokenizerFast(tokenizer_file=str(path))
+            else:
+                for file, content in files.items():
+                    Path(folder, file).write_bytes(content)
+                load_tokenizer(Path(folder))
         except Exception as error:  # whatever the library makes of it
+            reason = first_line(error.__cause__ or error)
             raise ArtifactError(
-                f"tokenizer.json of {where} cannot be read ({first_line(error)}); fetch it again, or say tokenizer ="
+                f"{name} of {where} cannot be read ({reason}); fetch it again, or say tokenizer ="
                 " false in [model] (--no-tokenizer) if users are to send token ids"
             ) from error
 

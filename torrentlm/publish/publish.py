@@ -95,8 +95,7 @@ def _publish(
     require_known(payload["config.json"], location.path)
     if recipe.tokenizer and not location.is_config:
         require_tokenizer(payload.keys(), location.path)
-        if (tokenizer := payload.get("tokenizer.json")) is not None:
-            require_readable_tokenizer(tokenizer, location.path)
+        require_readable_tokenizer(payload, location.path)
     model = _understand(payload, recipe, stage.folder, allow_code)
     payload["config.json"] = to_json(model.settings)
     origins = _find_origins(source, model)
@@ -109,7 +108,7 @@ def _publish(
         canonical.layout(replace(specs[stored], name=name) for name, stored in file.tensors.items())
         for file in planned.files
     ]
-    _require_space(store, sum(layout.size for layout in layouts) - stage.size)
+    _require_space(store, [layout.size for layout in layouts], stage.size)
     finiteness = Finiteness(location.path, allowed=recipe.allow_nan)
     torrents = _write_blocks(source, planned, layouts, stage, finiteness, progress)
     dtype = _main_dtype(placed.tensor for layout in layouts for placed in layout.tensors)
@@ -213,12 +212,13 @@ def _missing(origins: Mapping[str, Origin], model: _Model) -> list[str]:
     return sorted({canonical.get(name, name) for name in model.shapes} - covered)
 
 
-def _require_space(store: Store, total: int) -> None:
-    """Refuse at once what certainly does not fit. What the store holds already may be part of it."""
-    held = sum(store.path(name).stat().st_size for name in store.held())
-    free = shutil.disk_usage(store.data).free
-    if total - held > free:
-        raise disk_full(total - held, free, store.data)
+def _require_space(store: Store, sizes: Sequence[int], staged: int) -> None:
+    """Refuse at once what certainly does not fit. A file of the same size that the store holds may be one of these."""
+    held = Counter(store.path(name).stat().st_size for name in store.held())
+    needed = (Counter(sizes) - held).elements()
+    total, free = sum(needed) - staged, shutil.disk_usage(store.data).free
+    if total > free:
+        raise disk_full(total, free, store.data)
 
 
 def _write_blocks(

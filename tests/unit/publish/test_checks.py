@@ -129,10 +129,20 @@ def test_a_tokenizer_must_be_there(folder: Path, store: Store) -> None:
     assert publish(Recipe("m", folder, tokenizer=False), store).manifest.name == "m"
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.txt", "vocab.json", "qwen.tiktoken", "spiece.model"])
-def test_any_vocabulary_will_do(name: str, folder: Path, store: Store) -> None:
-    (folder / "tokenizer.json").rename(folder / name)
+def test_any_vocabulary_will_do(folder: Path, store: Store) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b")))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
     publish(Recipe("m", folder), store)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "qwen.tiktoken", "spiece.model"])
+def test_a_vocabulary_that_cannot_be_read(name: str, folder: Path, store: Store) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / name).write_bytes(bytes(range(256)))
+    said = refusal(Recipe("m", folder), store, ArtifactError)
+    assert said.startswith(f"the tokenizer of {folder} cannot be read (") and "--no-tokenizer" in said
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize(
