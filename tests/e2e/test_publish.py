@@ -57,6 +57,16 @@ def test_it_prints_the_magnet_and_seed_knows_it(recipe: Path, tmp_path: Path) ->
         assert "is in use by another node" in busy.stderr
 
 
+def test_inspect_shows_what_nobody_seeds_yet(recipe: Path, tmp_path: Path) -> None:
+    published = run("publish", str(recipe), "--data", str(tmp_path / "data"), "--json")
+    magnet = json.loads(published.stdout)["magnet"]
+    alone = ("--data", str(tmp_path / "data"), "--host", "127.0.0.1", "--dht-bootstrap", "none", "--json")
+    for what in (str(recipe), magnet):
+        found = json.loads(run("inspect", what, *alone, timeout=25).stdout)
+        assert found["magnet"] == magnet and found["peers_known"] == 0
+        assert found["proof"]["source"] == "this node"
+
+
 def test_a_magnet_is_published_already() -> None:
     done = run("publish", "magnet:?xt=urn:btih:" + "ab" * 20)
     assert done.returncode == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torrentlm.node.describe import describe_model, describe_network
 from torrentlm.node.membership import Membership
 from torrentlm.node.node import Node, open_node
 from torrentlm.node.parts import Say
-from torrentlm.publish.published import magnet_of
+from torrentlm.publish.published import copy_model, magnet_of
 from torrentlm.records import AdapterId
 from torrentlm.structured import single_error
 from torrentlm.swarm.discovery import Source
@@ -68,7 +69,7 @@ async def open_client(settings: Settings, say: Say = lambda event: None) -> Asyn
     beside = read_endpoint(settings.node.data)
     config = replace(settings.node, peers=(*settings.node.peers, *([beside] if beside else [])))
     with single_error():
-        async with open_node(config, say, first_free_store) as node, trio.open_nursery() as nursery:
+        async with open_node(config, say, partial(_store_with, magnet)) as node, trio.open_nursery() as nursery:
             membership = await node.join(magnet, timeout=JOIN_TIMEOUT_S)
             tokenizer, ends, limit, vocabulary, start = await trio.to_thread.run_sync(_text_side, membership.folder)
             model = ModelClient(
@@ -125,6 +126,17 @@ def first_free_store(data: Path) -> Store:
         with suppress(FolderInUseError):
             return Store(data / "clients" / str(number))
     raise StorageError(f"{MAX_CLIENTS} clients use {data} already: choose another folder with --data")
+
+
+def _store_with(magnet: Magnet, data: Path) -> Store:
+    """A client's own, with what this machine knows of the model."""
+    store = first_free_store(data)
+    try:
+        copy_model(magnet, data, store)
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
 def _text_side(folder: Path) -> tuple[Any, tuple[int, ...], int | None, int, int | None]:

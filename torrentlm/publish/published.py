@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torrentlm.manifest.manifest import FILE_NAME, Manifest
 from torrentlm.manifest.sidecar import Sidecar
 from torrentlm.manifest.torrent import Torrent, multi_file, pieces_root
 from torrentlm.publish.source import Location, locate, unreadable
+from torrentlm.swarm.files import storage_errors
 from torrentlm.swarm.store import Store
 
 FORMAT = 5
@@ -114,6 +116,24 @@ def stored_manifest(magnet: Magnet, data: Path) -> Manifest | None:
         return Manifest.from_bytes(path.read_bytes())
     except (OSError, ArtifactError):
         return None
+
+
+def copy_model(magnet: Magnet, data: Path, store: Store) -> None:
+    """Give ``store`` the model torrent, its content and its sidecars, if the data folder ``data`` has them intact.
+
+    They are small: a client of this machine need not wait for a peer to send them. Raises StorageError.
+    """
+    if magnet.v2 is None or store.load_torrent(magnet.v2) is not None or stored_manifest(magnet, data) is None:
+        return
+    name, folder = magnet.v2.hex(), store.model_folder(magnet.v2)
+    with storage_errors(folder):
+        torrent = (data / "torrents" / f"{name}.torrent").read_bytes()
+        shutil.copytree(data / "models" / name, folder, dirs_exist_ok=True)
+        for heard in (False, True):
+            sidecar = data / "sidecars" / f"{name}{'.heard' if heard else ''}"
+            if sidecar.is_file():
+                store.save_sidecar(magnet.v2, sidecar.read_bytes(), heard=heard)
+    store.save_torrent(magnet.v2, torrent)
 
 
 def stored_models(store: Store) -> Iterator[tuple[Manifest, Path]]:
