@@ -138,6 +138,21 @@ class Computing:
         gc.collect()
         gc.freeze()
 
+    async def warn_of_overflow(self, served: Served) -> None:
+        """Say which blocks F16 cannot hold, by a recorded sample, where the operator has it computed in all the same.
+
+        Advice, as the sample is. Raises StorageError.
+        """
+        model, sidecars = served.model, served.membership.sidecars
+        if model.precisions.compute != "F16" or model.manifest.dtype == "F16" or not self._config.recheck:
+            return
+        if (found := await sidecars.find()) is None:
+            return
+        if blocks := await trio.to_thread.run_sync(model.overflowing, found.sidecar):
+            listed = ", ".join(map(str, spans_of(blocks)))
+            why = f"F16 may not hold what blocks {listed} compute; another --precision does"
+            self._say({"event": "precision", "precision": model.precision, "why": why})
+
     def _changed(self) -> None:
         for served in self._served.values():
             if served.open:

@@ -124,6 +124,7 @@ class Node:
             else:
                 await changed.wait()
         await computing.settle(served)
+        await computing.warn_of_overflow(served)
 
     async def _add(self, computing: Computing, served: Served, blocks: list[int]) -> None:
         """Files were believed by their stamps: where loading or the check fails, it may be the disk's fault."""
