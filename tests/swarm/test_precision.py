@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import torrentlm
 from tests.e2e import checkpoint
 from tests.e2e.processes import Seed, run
+from tests.swarm.nodes import in_trio
+from torrentlm.compute.measure import PRECISIONS, Prepared
+from torrentlm.config import NodeConfig
+from torrentlm.errors import ConfigError
+from torrentlm.manifest.magnet import Magnet
+from torrentlm.node.node import open_node
 from torrentlm.node.status import read_status
+from torrentlm.records import Span
 
 PROMPT = "Once upon a time"
 
@@ -71,3 +80,20 @@ def test_where_even_the_least_is_too_much_it_is_one_sentence(published: Publishe
     assert found.returncode == 1 and found.stderr.count("\n") == 1
     assert "--blocks 0-5 needs at least 0.1 MB for weights in BF16+INT4" in found.stderr
     assert not list((tmp_path / "blocks").glob("*.safetensors")), "it is said before anything is fetched"
+
+
+@pytest.mark.parametrize(("how", "lacks"), [({"precision": "F16"}, "F16"), ({"precision": "INT8"}, "BF16")])
+@in_trio(60)
+async def test_a_named_precision_that_the_device_lacks(
+    published: Published, tmp_path: Path, how: dict[str, Any], lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(weight: torch.Tensor, device: torch.device) -> Prepared:
+        raise RuntimeError("not implemented here")
+
+    monkeypatch.setitem(PRECISIONS, lacks, absent)
+    config = NodeConfig(tmp_path, "127.0.0.1", 0, (), (), Span(0, 5), **how)
+    async with open_node(config) as holder:
+        membership = await holder.join(Magnet.parse(published.magnet), timeout=30)
+        with pytest.raises(ConfigError, match=rf"{lacks}.* is not to be had on this device .*: choose F32 or "):
+            await holder.hold(membership)
+    assert not list((tmp_path / "blocks").glob("*.safetensors"))

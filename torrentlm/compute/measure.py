@@ -1,4 +1,4 @@
-"""How fast a device is, found by trying: a second or two for each device, then remembered (compute/costs.py).
+"""How fast a device is, found by trying: a few seconds for each device, then remembered (compute/costs.py).
 
 A rate is that of the best of several tries: other programs only ever make it look lower, and what is remembered should
 not hang on what else ran that day.
