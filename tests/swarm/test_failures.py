@@ -225,7 +225,7 @@ def test_a_budget_too_small_for_any_block(published: Published, tmp_path: Path) 
 
 def test_budgets_that_the_named_blocks_do_not_fit(published: Published, tmp_path: Path) -> None:
     common = ("--data", str(tmp_path), "--blocks", "0-5", "--port", "0", "--dht-bootstrap", "none")
-    said = one_sentence(run("seed", published.magnet, *common, "--ram", "200kB"))
+    said = one_sentence(run("seed", published.magnet, *common, "--ram", "200kB", "--precision", "F32"))
     assert "--blocks 0-5 needs 0.6 MB" in said and "ram = 0.2 MB" in said
     said = one_sentence(run("seed", published.magnet, *common, "--disk", "200kB"))
     assert "disk = 0.2 MB is too small" in said and "need 0.6 MB" in said

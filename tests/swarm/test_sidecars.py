@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.e2e import checkpoint
 from tests.swarm.nodes import in_trio
+from torrentlm.compute import overflow
 from torrentlm.config import NodeConfig, Recipe
 from torrentlm.errors import UnsupportedModelError
 from torrentlm.manifest.magnet import Magnet
@@ -172,3 +173,17 @@ async def test_a_peer_that_goes_away_meanwhile(tmp_path: Path, monkeypatch: pyte
             nursery.start_soon(ask)
             await trio.sleep(0.5)
             await seed.parts.gateway.pipes[client.key].aclose()
+
+
+@in_trio(60)
+async def test_f16_that_a_block_exceeds_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Event] = []
+    async with publisher(tmp_path) as (_, _, magnet):
+        for folder, most in (("holder", overflow.F16_MAX), ("another", 2.0)):
+            monkeypatch.setattr(overflow, "F16_MAX", most)
+            async with node(tmp_path / folder, said.append, blocks=Span(1, 2), precision="F16") as holder:
+                await holder.hold(await holder.join(magnet, timeout=30))
+            warned = [event["why"] for event in said if event["event"] == "precision"]
+            assert warned == (
+                [] if folder == "holder" else ["F16 may not hold what blocks 1-2 compute; another --precision does"]
+            )

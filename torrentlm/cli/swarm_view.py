@@ -76,6 +76,9 @@ class SwarmView:
                 aside = f" ({text.left_out(left_out)})" if left_out else ""
                 proof = f"\nProof: {self.proof}" if self.proof else ""
                 return f"Published {self.name}{aside}: {self.magnet}{proof}"
+            case "precision" if event.get("why"):
+                why = str(event["why"])
+                return f"{why[0].upper()}{why[1:]}"
             case "rechecked" if self.warning:
                 return f"Warning: {self.warning}"
             case "adapter":

@@ -1,4 +1,4 @@
-"""How fast a device is, found by trying: a second or two for each device, then remembered (compute/costs.py).
+"""How fast a device is, found by trying: a few seconds for each device, then remembered (compute/costs.py).
 
 A rate is that of the best of several tries: other programs only ever make it look lower, and what is remembered should
 not hang on what else ran that day.
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from torrentlm.compute.costs import Key, Measurement, PrecisionCost, recall, remember
 from torrentlm.compute.devices import DeviceInfo
+from torrentlm.compute.quantization.packed import Packed, pack
 from torrentlm.compute.skeleton import MODEL_ERRORS, first_line
 from torrentlm.errors import ConfigError, StorageError, UnsupportedModelError
 
@@ -55,10 +56,22 @@ def plain(dtype: torch.dtype, weight: torch.Tensor, device: torch.device) -> Pre
     return Prepared((weight.to(device=device, dtype=dtype),), dtype, functional.linear)
 
 
+def quantized(kind: str, weight: torch.Tensor, device: torch.device) -> Prepared:
+    """A weight as blocks keep it in INT8 or INT4, made on the device; its products are computed in BF16."""
+    made = pack(weight.to(device=device, dtype=torch.bfloat16), kind)
+
+    def product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return Packed(kind, codes, scales, made.tile).product(x)
+
+    return Prepared((made.codes, made.scales), torch.bfloat16, product)
+
+
 PRECISIONS: dict[str, Prepare] = {
     "F32": partial(plain, torch.float32),
     "BF16": partial(plain, torch.bfloat16),
     "F16": partial(plain, torch.float16),
+    "INT8": partial(quantized, "INT8"),
+    "INT4": partial(quantized, "INT4"),
 }
 """What is measured, by the names that model.toml and records have for it. A new precision is a new line."""
 
@@ -76,6 +89,8 @@ class Sizes:
 
 PROCESSOR = Sizes(side=2048, prompt=128, working_set=256 << 20, copied=64 << 20)
 ACCELERATOR = Sizes(side=4096, prompt=512, working_set=512 << 20, copied=256 << 20)
+TRIED_SIDE = 256
+"""Of the matrix that is multiplied only to see whether a precision is there."""
 _CHECKED = 8  # tokens whose products are compared
 _MAX_COPIES = 128
 
@@ -132,7 +147,7 @@ def measure(
     begun, load = time.perf_counter(), _load()
     sizes = _within(device, sizes or (ACCELERATOR if device.accelerates else PROCESSOR))
     where = torch.device(device.name)
-    weight = torch.randn(sizes.side, sizes.side, generator=torch.Generator().manual_seed(0)) / math.sqrt(sizes.side)
+    weight = _weight(sizes.side)
     with torch.inference_mode():
         try:
             read, upload, pinned = _copies(where, sizes)
@@ -141,8 +156,19 @@ def measure(
                 f"{device.name} ({device.model}) cannot be measured: {first_line(error)}; close what else uses it, or"
                 " leave it out with --devices."
             ) from error
-        costs = tuple(_cost(name, prepare, weight, device, sizes) for name, prepare in precisions.items())
+        costs = tuple(_cost(name, prepare, weight, where, sizes) for name, prepare in precisions.items())
     return Measurement(device.name, read, upload, pinned, costs, time.perf_counter() - begun, load)
+
+
+def tried(device: torch.device, precisions: Mapping[str, Prepare] = PRECISIONS) -> dict[str, PrecisionCost]:
+    """Which precisions are there, by one small product in each, which takes milliseconds: their rates are 0."""
+    weight = _weight(TRIED_SIDE)
+    with torch.inference_mode():
+        return {name: _cost(name, prepare, weight, device, None) for name, prepare in precisions.items()}
+
+
+def _weight(side: int) -> torch.Tensor:
+    return torch.randn(side, side, generator=torch.Generator().manual_seed(0)) / math.sqrt(side)
 
 
 def _load() -> float:
@@ -171,19 +197,21 @@ def _copies(device: torch.device, sizes: Sizes) -> tuple[float, float, float]:
     return read, upload, _rate(lambda: there.copy_(locked, non_blocking=True), device, source.nbytes)
 
 
-def _cost(name: str, prepare: Prepare, weight: torch.Tensor, device: DeviceInfo, sizes: Sizes) -> PrecisionCost:
-    where = torch.device(device.name)
+def _cost(
+    name: str, prepare: Prepare, weight: torch.Tensor, device: torch.device, sizes: Sizes | None
+) -> PrecisionCost:
+    """Without ``sizes`` its rates are not measured."""
     try:
-        prepared = prepare(weight, where)
-        error = _error(prepared, weight, where)
+        prepared = prepare(weight, device)
+        error = _error(prepared, weight, device)
         if not error < WRONG:
-            return PrecisionCost(name, lacking=f"{device.name} computes something else than products in {name} here.")
-        decode, prompt = _products(prepared, where, sizes)
+            return PrecisionCost(name, lacking=f"{device} computes something else than products in {name} here.")
+        decode, prompt = (0.0, 0.0) if sizes is None else _products(prepared, device, sizes)
     except (ConfigError, UnsupportedModelError) as reason:
         return PrecisionCost(name, lacking=str(reason))
     except (*MODEL_ERRORS, ImportError) as reason:
         return PrecisionCost(
-            name, lacking=f"{device.name} or torch {torch.__version__} lacks {name} ({first_line(reason).rstrip('.')})."
+            name, lacking=f"{device} or torch {torch.__version__} lacks {name} ({first_line(reason).rstrip('.')})."
         )
     size = sum(part.nbytes for part in prepared.weights)
     return PrecisionCost(name, size / weight.numel(), decode * weight.numel(), prompt * weight.numel(), error)

@@ -1,5 +1,7 @@
 """Which precision each block is kept and computed in: pure functions of sizes, budget and what the device costs.
 
+What is configured is `configured`; what fits a budget is `choose`. A node asks both through node/precisions.py.
+
 One dtype is computed in; INT8 and INT4 are forms that a block of layers is stored in. Imports no torch.
 """
 
@@ -23,8 +25,6 @@ LEAST_SIDE = 32
 """Matrices with a shorter side are not worth quantizing."""
 LOSS = {"F32": 0.0, "F16": 0.00002, "BF16": 0.001}
 """About the KL divergence to F32, nats per token; see docs/precision.md."""
-WORTHWHILE = 1.2
-"""Times as fast as the published dtype another one must be, to be computed in instead."""
 
 
 class Cost(Protocol):
@@ -57,24 +57,28 @@ class Precisions:
 
 @dataclass(frozen=True, slots=True)
 class BlockSize:
-    """``matrices``: weights that can be quantized, ``others``: floating point ones that cannot; ``fixed``: bytes of
-    integers. Only blocks of layers are ``storable`` in INT8 and INT4.
+    """The tensors of a block; one that other blocks share is counted with one of them. Only blocks of layers are
+    ``storable`` in INT8 and INT4.
     """
 
-    matrices: int
-    others: int
-    fixed: int = 0
+    specs: tuple[TensorSpec, ...]
     storable: bool = True
 
     def bytes_in(self, precision: str, compute: str) -> int:
-        per_weight = stored_bytes_per_weight(precision if self.storable else compute, compute)
-        return math.ceil(self.matrices * per_weight) + self.others * DTYPE_BYTES[compute] + self.fixed
+        stored = precision if self.storable and precision in STORED else None
+        return sum(bytes_as(spec, compute, stored) for spec in self.specs)
 
 
-def stored_bytes_per_weight(precision: str, compute: str) -> float:
-    """Bytes of a matrix's weight, scales included (of INT8 rows too few to count)."""
-    sizes = {"INT8": 1.0, "INT4": 0.5 + 4 / INT4_GROUP}
-    return sizes.get(precision) or DTYPE_BYTES[compute]
+class TooLargeError(ConfigError):
+    """Nothing allowed fits: ``least`` bytes would do, in ``precisions``."""
+
+    def __init__(self, least: int, budget: int, precisions: Precisions) -> None:
+        super().__init__(
+            f"these blocks need at least {least / 1e6:,.1f} MB in the precisions allowed, and {budget / 1e6:,.1f} MB "
+            "are there: raise the budget or name fewer blocks"
+        )
+        self.least = least
+        self.precisions = precisions
 
 
 def can_store(shape: Sequence[int], kind: str) -> bool:
@@ -169,28 +173,41 @@ def choose(
 ) -> Precisions:
     """Precisions for these blocks: the published dtype where it fits ``budget`` bytes, else as little less as does.
 
-    F32 is computed in where it fits and is faster. ``overflowing`` blocks exceed what F16 can hold; None: nobody knows,
-    and F16 is for models published in it. Blocks in ``fixed`` stay as named. INT8 comes before INT4, and the middle
-    blocks before those at the ends, which matter more. Raises ConfigError where nothing fits, with the least that
-    would do.
+    ``overflowing`` blocks exceed what F16 can hold; None: nobody knows, and F16 is for models published in it. Blocks
+    in ``fixed`` stay as named; a dtype named there is the one that is computed in. INT8 comes before INT4, and the
+    middle blocks before those at the ends, which matter more. Raises TooLargeError where nothing fits, with the least
+    that would do, and ConfigError where the device lacks whatever the floor allows.
     """
-    no_f16 = published != "F16" if overflowing is None else bool(overflowing)
-    usable = [name for name in COMPUTED if _usable(name, costs, floor) and not (name == "F16" and no_f16)]
-    if not usable:
-        raise ConfigError(_lacking(costs, floor))
-    usable.sort(key=lambda name: _preference(name, published, costs))
+    fixed = {block: name for block, name in (fixed or {}).items() if block in blocks}
+    usable = _computable(costs, published, floor, overflowing, fixed)
     kinds = [kind for kind in STORED if _usable(kind, costs, floor)]
-    least = 0
     smallest_first = sorted(usable, key=DTYPE_BYTES.__getitem__)  # where much must go, no room is left for F32
     for compute, lower in [*((name, ()) for name in usable), *((name, kinds) for name in smallest_first)]:
-        chosen, needed = _lower(blocks, budget, compute, lower, fixed or {})
+        chosen, needed = _lower(blocks, budget, compute, lower, fixed)
         if needed <= budget:
             return chosen
-        least = min(least or needed, needed)
-    raise ConfigError(
-        f"these blocks need at least {least / 1e6:,.1f} MB in the precisions allowed, and {budget / 1e6:,.1f} MB are "
-        "there: raise the budget or name fewer blocks"
-    )
+    lowest, least = min((_lower(blocks, -1, name, kinds, fixed) for name in smallest_first), key=lambda found: found[1])
+    raise TooLargeError(least, budget, lowest)
+
+
+def _computable(
+    costs: Mapping[str, Cost],
+    published: str,
+    floor: str | None,
+    overflowing: Collection[int] | None,
+    fixed: Mapping[int, str],
+) -> list[str]:
+    """The dtypes that may be computed in, in the order in which they are tried; at least one."""
+    no_f16 = published != "F16" if overflowing is None else bool(overflowing)
+    named = set(fixed.values()).intersection(COMPUTED)
+    usable = [
+        name
+        for name in COMPUTED
+        if _usable(name, costs, floor) and not (name == "F16" and no_f16) and (not named or name in named)
+    ]
+    if not usable:
+        raise ConfigError(_lacking(costs, floor))
+    return sorted(usable, key=lambda name: _preference(name, published, costs))
 
 
 def _usable(name: str, costs: Mapping[str, Cost], floor: str | None) -> bool:
@@ -203,17 +220,14 @@ def _lacking(costs: Mapping[str, Cost], floor: str | None) -> str:
 
 
 def _preference(name: str, published: str, costs: Mapping[str, Cost]) -> tuple[int, float, float]:
-    """The order in which dtypes are tried: F32 where it is clearly faster, the published one, then F32 where it does
-    what the device lacks, then the faster one, then by what is lost.
+    """The order in which dtypes are tried: the published one, then F32, which does what a device may lack, then the
+    faster one, then by what is lost.
+
+    F32 is not taken for its speed: it is a copy of twice the size of what is mapped in BF16.
     """
-    here = costs.get(published)
-    speed, loss = costs[name].decode, LOSS[name]
-    if name == published:
-        return 1, 0.0, 0.0
-    if name == "F32":
-        is_faster = here is not None and not here.lacking and speed > WORTHWHILE * here.decode
-        return (0 if is_faster else 2), 0.0, 0.0
-    return 3, -speed, loss
+    if name in (published, "F32"):
+        return (0 if name == published else 1), 0.0, 0.0
+    return 2, -costs[name].decode, LOSS[name]
 
 
 def _lower(

@@ -225,24 +225,31 @@ class HeldModel:
         return found
 
     def overflowing(self, sidecar: Sidecar) -> tuple[int, ...]:
-        """The blocks that F16 cannot hold, by the recorded samples; ask it of a model in F32 or BF16. Blocks."""
+        """The blocks that F16 cannot hold, by the recorded samples, which are computed as published. Blocks.
+
+        On the processor, where weights as published are mapped: no device's budget knows of this.
+        """
+        dtype = DTYPES[self.manifest.dtype] if self.manifest.dtype in ("F32", "BF16") else torch.float32
         found = []
         for block in self.span:
             side = self.manifest.side_of(block)
-            if side < len(sidecar.samples) and overflows(
-                self._build(Span(block, block), exact=True), sidecar.samples[side]
-            ):
-                found.append(block)
+            if side < len(sidecar.samples):
+                runner = self._build(Span(block, block), exact=True, computed=(dtype, torch.device("cpu")))
+                if overflows(runner, sidecar.samples[side]):
+                    found.append(block)
         return tuple(found)
 
-    def _build(self, span: Span, exact: bool = False) -> SpanRunner:
-        """``exact``: with the published weights, whatever the blocks are kept in."""
+    def _build(
+        self, span: Span, exact: bool = False, computed: tuple[torch.dtype, torch.device] | None = None
+    ) -> SpanRunner:
+        """``exact``: with the published weights, whatever the blocks are kept in. ``computed``: in what and where, if
+        not as blocks are served."""
         manifest = self.manifest
         if manifest.side_of(span.first) != manifest.side_of(span.last):
             raise RefusedError(
                 f"blocks {span} belong to the encoder and the decoder: a hop has those of one", "no_block"
             )
         part = part_of(manifest, span, self._paths)
-        dtype = DTYPES[self.precisions.compute]
+        dtype, device = computed or (DTYPES[self.precisions.compute], self.device)
         quantization = Quantization({} if exact else self._forms, self._quantized)
-        return part.runner(self._config, self.split_of(span.first), dtype, self.device, quantization)
+        return part.runner(self._config, self.split_of(span.first), dtype, device, quantization)

@@ -27,7 +27,7 @@ from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import MAX_BYTES, FileEntry
 from torrentlm.manifest.torrent import Torrent
 from torrentlm.node.membership import Membership
-from torrentlm.node.memory import computing_dtype, weights_bytes
+from torrentlm.node.memory import weights_bytes
 from torrentlm.node.parts import Parts
 from torrentlm.publish.adapter import PublishedAdapter
 from torrentlm.records import AdapterId, Endpoint, InfoHash, Span
@@ -209,8 +209,7 @@ class NodeAdapters:
         files = manifest.span_files(span)
         missing = [file for file in files if not self._has(file.name)]
         torrents = [self._read_torrent(entry, file) for file in missing]
-        config = self._parts.config
-        in_memory = weights_bytes(manifest, computing_dtype(membership.manifest, config))
+        in_memory = weights_bytes(manifest, membership.precisions.compute)
         sizes = {file.name: max(file.size, in_memory[file.name]) for file in missing}
         self._make_room(sum(sizes.values()))
         self._parts.shelf.space.require_free(sum(file.size for file in missing))

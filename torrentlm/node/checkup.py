@@ -224,7 +224,9 @@ def device_faults(
                 f"The budget of {name} is only {budget / 1e6:,.1f} MB, hardly a block of any model; close other"
                 " programs, or raise --ram or --vram."
             )
-        if config.precision != "auto" and name in measurements:
-            lacking = measurements[name].cost(config.precision).lacking
-            faults += [f"--precision {config.precision}: {lacking}"] if lacking else []
+        if name in measurements:
+            named = [("precision", config.precision)] if config.precision != "auto" else []
+            named += [("precision-of", precision) for _, precision in config.precision_of]
+            costs = [(option, precision, measurements[name].cost(precision)) for option, precision in named]
+            faults += [f"--{option} {precision}: {cost.lacking}" for option, precision, cost in costs if cost.lacking]
     return faults

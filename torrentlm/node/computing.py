@@ -6,19 +6,21 @@ Importing this imports torch and transformers, which takes seconds; nodes that o
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import trio
 
+from torrentlm.compute.costs import PrecisionCost
 from torrentlm.compute.device import Device
+from torrentlm.compute.measure import tried
 from torrentlm.config import NodeConfig
 from torrentlm.holder.adapters import Adapters
 from torrentlm.holder.memory import Memory
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.service import Holder, Outbox
 from torrentlm.node.membership import Membership
-from torrentlm.node.memory import precisions, weights_bytes, weights_share
+from torrentlm.node.memory import weights_bytes, weights_share
 from torrentlm.node.parts import Say
 from torrentlm.node.recheck import recheck
 from torrentlm.records import NodeKey, Span, spans_of
@@ -66,12 +68,16 @@ class Computing:
         self._config = config
         self._say = say
 
+    async def costs(self) -> Mapping[str, PrecisionCost]:
+        """Which precisions the device has, tried now; their rates are not measured."""
+        return await self.device.run(tried, self.device.torch_device)
+
     async def open(self, membership: Membership, span: Span) -> Served:
         """Get ready to serve ``span``, none of whose blocks need be here yet.
 
         Raises ArtifactError, UnsupportedModelError, StorageError.
         """
-        how = precisions(membership.manifest, self._config)
+        how = membership.precisions
         model = await trio.to_thread.run_sync(
             HeldModel,
             membership.id,
@@ -131,6 +137,21 @@ class Computing:
         # What was loaded stays: the collector need not walk through it again and again between tokens.
         gc.collect()
         gc.freeze()
+
+    async def warn_of_overflow(self, served: Served) -> None:
+        """Say which blocks F16 cannot hold, by a recorded sample, where the operator has it computed in all the same.
+
+        Advice, as the sample is. Raises StorageError.
+        """
+        model, sidecars = served.model, served.membership.sidecars
+        if model.precisions.compute != "F16" or model.manifest.dtype == "F16" or not self._config.recheck:
+            return
+        if (found := await sidecars.find()) is None:
+            return
+        if blocks := await trio.to_thread.run_sync(model.overflowing, found.sidecar):
+            listed = ", ".join(map(str, spans_of(blocks)))
+            why = f"F16 may not hold what blocks {listed} compute; another --precision does"
+            self._say({"event": "precision", "precision": model.precision, "why": why})
 
     def _changed(self) -> None:
         for served in self._served.values():

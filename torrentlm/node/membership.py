@@ -7,22 +7,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
-from math import ceil
 from pathlib import Path
 
 import trio
 
+from torrentlm.compute.precision import Cost, Precisions
 from torrentlm.errors import ArtifactError, ConfigError, NetworkError, StorageError
 from torrentlm.manifest.adapter import FILE_NAME as ADAPTER_FILE_NAME
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import FILE_NAME, Manifest
 from torrentlm.node.fetch import BlockFiles, say_waiting
-from torrentlm.node.memory import WEIGHTS_SHARE, precisions, weights_budget, weights_bytes
+from torrentlm.node.memory import weights_bytes
 from torrentlm.node.parts import Parts
 from torrentlm.node.peers import ModelPeers
+from torrentlm.node.precisions import NOT_ASKED, Budget, decide, enough, must_ask, reason, smallest
 from torrentlm.node.sidecars import Sidecars
 from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord, Span
 from torrentlm.route.assign import choose_span, copies
@@ -39,13 +41,18 @@ SETTLE_S = 5.0
 UNANSWERED_S = 120.0
 """After so long without an answer from anybody, the magnet or the network is wrong."""
 
+Ask = Callable[[], Awaitable[Mapping[str, Cost]]]
+"""Tells what each precision costs on the device that computes. Only called where that may change something."""
+
 
 class Membership:
-    """One model on one node. After :meth:`run` has started, :attr:`peers` works; after :meth:`obtain`, the rest."""
+    """One model on one node. After :meth:`run` has started, :attr:`peers` works; after :meth:`obtain`, the rest, but
+    for ``precisions``, which are there after :meth:`choose`."""
 
     manifest: Manifest
     files: BlockFiles
     folder: Path
+    precisions: Precisions
 
     def __init__(self, parts: Parts, magnet: Magnet) -> None:
         if magnet.v1 is None or magnet.v2 is None:
@@ -166,63 +173,67 @@ class Membership:
                 transfer.connect_peer(endpoint)
             await trio.sleep(FEED_EVERY_S)
 
-    async def choose(self, weights: int | None = None) -> Span | None:
-        """The span to hold, as configured; None for no block. Raises ConfigError if it cannot be.
+    async def choose(self, accelerator: int | None, ask: Ask) -> Span | None:
+        """The span to hold, as configured; None for no block. Decides ``precisions``.
 
-        ``weights``: bytes of an accelerator's memory for them, if one computes.
+        ``accelerator``: bytes of its memory for weights, if one computes. Raises ConfigError, StorageError.
         """
-        blocks = len(self.manifest.blocks)
-        wanted = self._parts.config.blocks
-        if wanted == "none":
+        config, last = self._parts.config, len(self.manifest.blocks) - 1
+        span, budget = config.blocks, Budget.of(config, accelerator)
+        if span == "none":
             return None
-        if isinstance(wanted, Span):
-            if wanted.last >= blocks:
-                raise ConfigError(f"--blocks {wanted} is past this model's end: it has blocks 0-{blocks - 1}")
-            self._check_memory(wanted, weights)
-            return wanted
-        await self._settle()
-        return self._choose_span(weights)
+        if not isinstance(span, Span):
+            await self._settle()
+            span, budget = await self._choose_span(budget, ask)
+        elif span.last > last:
+            raise ConfigError(f"--blocks {span} is past this model's end: it has blocks 0-{last}")
+        costs = await self._costs(span, budget, ask)
+        self.precisions = decide(self.manifest, config, span, budget, costs)
+        if why := reason(self.manifest, config, span, budget, self.precisions, costs):
+            self._parts.say({"event": "precision", "precision": self.precisions.said(span), "why": why})
+        return span
 
-    def _check_memory(self, wanted: Span, weights: int | None = None) -> None:
-        """A span that the operator names must fit the budget that the operator names; a guess of ours binds nobody."""
-        config = self._parts.config
-        how = precisions(self.manifest, config)
-        in_memory = weights_bytes(self.manifest, how.compute, how.stored)
-        needed = sum(in_memory[file.name] for file in self.manifest.span_files(wanted.first, wanted.last))
-        name, given = ("ram", config.ram) if weights is None else ("vram", config.vram)
-        allowed = weights_budget(config) if weights is None else weights
-        if given is not None and needed > allowed:
-            enough = ceil(needed / WEIGHTS_SHARE / 1e5) / 10
-            raise ConfigError(
-                f"--blocks {wanted} needs {needed / 1e6:,.1f} MB for weights in {how.said(wanted)}, but {name} = "
-                f"{given / 1e6:,.1f} MB leaves {allowed / 1e6:,.1f} MB for them: raise --{name} to {enough:,.1f} MB "
-                "or name fewer blocks"
-            )
+    async def _costs(self, span: Span, budget: Budget, ask: Ask) -> Mapping[str, Cost]:
+        return await ask() if must_ask(self.manifest, self._parts.config, span, budget) else NOT_ASKED
 
-    def _choose_span(self, weights: int | None = None) -> Span:
-        space, config = self._parts.shelf.space, self._parts.config
-        how = precisions(self.manifest, config)
+    async def _choose_span(self, budget: Budget, ask: Ask) -> tuple[Span, Budget]:
+        """The span that fits as published; where not even one block does, one that fits in the least that is allowed.
+
+        With the budget: it binds then, whoever named it.
+        """
+        config, whole, guess = self._parts.config, Span(0, len(self.manifest.blocks) - 1), replace(budget, binds=False)
+        kept = decide(self.manifest, config, whole, guess, await self._costs(whole, guess, ask))
+        if config.precision == "auto" and min(sum(block.values()) for block in self._sizes(kept)) > budget.weights:
+            kept, budget = smallest(self.manifest, config, await ask()), replace(budget, binds=True)
+        return self._span_within(budget, kept), budget
+
+    def _sizes(self, kept: Precisions) -> list[dict[str, int]]:
+        """The files of each block, with what they take in memory."""
+        in_memory = weights_bytes(self.manifest, kept.compute, kept.stored)
         files = [self.manifest.block_files(block) for block in range(len(self.manifest.blocks))]
-        in_memory = weights_bytes(self.manifest, how.compute, how.stored)
-        sizes = [{file.name: in_memory[file.name] for file in block} for block in files]
+        return [{file.name: in_memory[file.name] for file in block} for block in files]
+
+    def _span_within(self, budget: Budget, kept: Precisions) -> Span:
+        space, sizes = self._parts.shelf.space, self._sizes(kept)
+        files = [self.manifest.block_files(block) for block in range(len(sizes))]
         missing = [{file.name: space.missing({file.name: file.size}) for file in block} for block in files]
         # What is here of this model is part of the choice; what is here of others may go for it.
-        name = "ram" if weights is None else "vram"
-        budget = weights_budget(config) if weights is None else weights
         room = space.room(besides={file.name for file in self.manifest.files})
-        span = choose_span(sizes, copies(self.snapshot(), len(sizes)), budget, missing=missing, room=room)
+        copied = copies(self.snapshot(), len(sizes))
+        span = choose_span(sizes, copied, budget.weights, missing=missing, room=room)
         if span is not None:
             return span
-        smallest = min(sum(block.values()) for block in sizes)
-        if smallest > budget:
+        least = min(sum(block.values()) for block in sizes)
+        if least > budget.weights:
             raise ConfigError(
-                f"the memory budget of {budget / 1e6:.0f} MB for weights does not hold even one block; "
-                f"the smallest needs {smallest / 1e6:.0f} MB in {how.said(range(len(sizes)))}: raise --{name}"
+                f"the memory budget of {budget.weights / 1e6:,.1f} MB for weights does not hold even one block; "
+                f"the smallest needs {least / 1e6:,.1f} MB in {kept.said(range(len(sizes)))}: raise --{budget.option} "
+                f"to {enough(least):,.1f} MB"
             )
-        smallest = min(sum(block.values()) for block in missing)
+        least = min(sum(block.values()) for block in missing)
         raise StorageError(
             f"the {max(0, room) / 1e6:,.1f} MB left of the disk or of its budget do not hold even one more block; the "
-            f"smallest needs {smallest / 1e6:,.1f} MB: raise --disk or free some space"
+            f"smallest needs {least / 1e6:,.1f} MB: raise --disk or free some space"
         )
 
     async def _settle(self) -> None:

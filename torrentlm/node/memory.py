@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torrentlm.compute.devices import DeviceInfo
 from torrentlm.compute.machine import available_memory
-from torrentlm.compute.precision import Precisions, bytes_as, compute_dtype, configured, file_forms
+from torrentlm.compute.precision import bytes_as, file_forms
 from torrentlm.config import NodeConfig
 from torrentlm.errors import ConfigError
 from torrentlm.manifest.adapter import AdapterManifest
@@ -35,23 +35,6 @@ def weights_budget(config: NodeConfig) -> int:
 def weights_share(budget: int) -> int:
     """What of a device's budget is for weights; the rest is for KV-caches."""
     return int(budget * WEIGHTS_SHARE)
-
-
-def computing_dtype(manifest: Manifest, config: NodeConfig) -> str:
-    """Safetensors' name of what this node computes the model in."""
-    return compute_dtype(config.precision, manifest.dtype)
-
-
-def precisions(manifest: Manifest, config: NodeConfig) -> Precisions:
-    """What the operator asked for, block by block. Raises ConfigError for what the model's floor or torch forbids."""
-    wanted = [(range(blocks.first, blocks.last + 1), precision) for blocks, precision in config.precision_of]
-    layers = [block for block, entry in enumerate(manifest.blocks) if entry.kind == "layers"]
-    for blocks, _ in config.precision_of:
-        if blocks.last >= len(manifest.blocks):
-            raise ConfigError(
-                f"precision_of names blocks {blocks}, past this model's end: it has blocks 0-{len(manifest.blocks) - 1}"
-            )
-    return configured(config.precision, wanted, manifest.dtype, layers, manifest.floor)
 
 
 def weights_bytes(

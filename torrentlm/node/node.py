@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ import trio
 
 from torrentlm.compute.custom_code import require_allowed
 from torrentlm.compute.machine import may_accelerate
+from torrentlm.compute.precision import Cost
 from torrentlm.compute.threads import first_import
 from torrentlm.config import NodeConfig
 from torrentlm.errors import ArtifactError, NetworkError, RemoteProtocolError, UnsupportedModelError
@@ -96,7 +97,7 @@ class Node:
         if may_accelerate():  # only torch knows; else fetching need not wait for its import
             computing = await self._compute()
             weights = computing.holder.memory.budget if computing.device.torch_device.type != "cpu" else None
-        span = await membership.choose(weights)
+        span = await membership.choose(weights, self._costs)
         if span is not None:
             await self._serve(membership, span)
         if self.parts.config.mirror:
@@ -123,6 +124,7 @@ class Node:
             else:
                 await changed.wait()
         await computing.settle(served)
+        await computing.warn_of_overflow(served)
 
     async def _add(self, computing: Computing, served: Served, blocks: list[int]) -> None:
         """Files were believed by their stamps: where loading or the check fails, it may be the disk's fault."""
@@ -193,6 +195,10 @@ class Node:
                 self._computing = make(self.key, parts.config, device, self, changed, self.adapters, say)
                 await self._nursery.start(self._computing.holder.run)
         return self._computing
+
+    async def _costs(self) -> Mapping[str, Cost]:
+        """What each precision costs on the device; imports torch."""
+        return await (await self._compute()).costs()
 
     @property
     def computing(self) -> Computing | None:

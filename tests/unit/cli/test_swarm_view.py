@@ -31,6 +31,7 @@ EVENTS = [
     {"event": "published", "name": "Tiny", "magnet": "magnet:?xt=1", "proof": PROOF},
     {"event": "starting", "name": "Tiny", "magnet": "magnet:?xt=1", "port": 7000},
     {"event": "joined", "name": "Tiny", "blocks_total": 32},
+    {"event": "precision", "precision": "BF16+INT8", "why": "blocks 0-3 need 9 MB; held instead: them in INT8"},
     {"event": "progress", "what": "fetching", "done": 0, "total": 200_000_000, "rate": 0},
     {"event": "progress", "what": "fetching", "done": 1_000_000, "total": 200_000_000, "rate": 5_000_000},
     {"event": "progress", "what": "fetching", "done": 100_000_000, "total": 200_000_000, "rate": 5_000_000},
@@ -57,6 +58,7 @@ def test_lines_say_each_thing_once():
         "transformers 5.23.0",
         "Listening on port 7000",
         "Joined Tiny: 32 blocks",
+        "Blocks 0-3 need 9 MB; held instead: them in INT8",
         "Fetching: 0 B of 200 MB",
         "Fetching: 100 MB of 200 MB",
         "Loading",
@@ -78,17 +80,17 @@ def shown(view: SwarmView) -> str:
 def test_the_display_follows():
     view = SwarmView()
     assert "starting" in shown(view)
-    for event in EVENTS[:8]:
+    for event in EVENTS[:9]:
         view.apply(event)
     assert "the model has 32" in shown(view)
     assert "fetching" in shown(view) and "100 MB of 200 MB" in shown(view) and "5 MB/s" in shown(view)
-    for event in EVENTS[8:15]:
+    for event in EVENTS[9:16]:
         view.apply(event)
     for part in ("Tiny", "port 7000", "serving blocks 0-2, 7 of 32", "127.0.0.1:1  block 3", "↓ 1.5 MB/s", "↑ 2 kB/s"):
         assert part in shown(view)
     assert "exact in F32" in shown(view) and "block 1 does not compute that" in shown(view)
     assert "fetching" not in shown(view)
-    view.apply(EVENTS[15])
+    view.apply(EVENTS[16])
     assert "none yet" in shown(view)
 
 

@@ -10,7 +10,7 @@ import torch
 from torrentlm.compute import measure as module
 from torrentlm.compute.costs import FILE_NAME, Measurement
 from torrentlm.compute.devices import DeviceInfo, processor
-from torrentlm.compute.measure import PRECISIONS, Prepared, Sizes, key_of, measure, measured
+from torrentlm.compute.measure import PRECISIONS, Prepared, Sizes, key_of, measure, measured, tried
 from torrentlm.errors import ConfigError
 
 SMALL = Sizes(side=64, prompt=4, working_set=1 << 18, copied=1 << 18)
@@ -35,14 +35,25 @@ def eighths(weight: torch.Tensor, device: torch.device) -> Prepared:
 
 
 def test_every_precision_has_a_cost(cpu: DeviceInfo) -> None:
-    found = measure(cpu, PRECISIONS | {"INT8": eighths})
+    found = measure(cpu)
     assert found.device == "cpu" and found.read > 0 and found.upload > 0 and found.pinned == 0
-    assert [cost.precision for cost in found.precisions] == ["F32", "BF16", "F16", "INT8"]
+    assert [cost.precision for cost in found.precisions] == ["F32", "BF16", "F16", "INT8", "INT4"]
     for cost in found.precisions:
         assert not cost.lacking and cost.decode > 0 and cost.prompt > 0
-    assert [round(cost.bytes_per_weight, 2) for cost in found.precisions] == [4, 2, 2, 1]
+    assert [cost.bytes_per_weight for cost in found.precisions] == [4, 2, 2, 1 + 2 / SMALL.side, 0.625]
     errors = {cost.precision: cost.error for cost in found.precisions}
-    assert errors["F32"] < 1e-6 < errors["F16"] < errors["BF16"] < errors["INT8"] < 0.05
+    assert errors["F32"] < 1e-6 < errors["F16"] < errors["BF16"] < errors["INT8"] < errors["INT4"] < 0.2
+
+
+def test_what_is_there_can_be_told_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_rate", lambda *given: pytest.fail("nothing is to be measured"))
+
+    def refused(weight: torch.Tensor, device: torch.device) -> Prepared:
+        raise ConfigError("INT4 needs a GPU of another kind.")
+
+    found = tried(torch.device("cpu"), PRECISIONS | {"INT4": refused})
+    assert {name for name, cost in found.items() if cost.lacking} == {"INT4"}
+    assert found["INT4"].lacking == "INT4 needs a GPU of another kind."
 
 
 def test_what_the_device_or_torch_lacks_says_why(cpu: DeviceInfo) -> None:
@@ -90,7 +101,7 @@ def test_measured_once_and_remembered(cpu: DeviceInfo, tmp_path: Path, monkeypat
     counter = Counter(monkeypatch)
     [first] = measured([cpu], tmp_path, pytest.fail)
     assert measured([cpu], tmp_path, pytest.fail) == (first,) and counter.count == 1
-    measured([cpu], tmp_path, pytest.fail, precisions=PRECISIONS | {"INT8": eighths})
+    measured([cpu], tmp_path, pytest.fail, precisions={"INT8": eighths})
     assert counter.count == 2, "another list of precisions is another measurement"
     measured([cpu], tmp_path, pytest.fail, again=True)
     assert counter.count == 3

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torrentlm.compute.precision import BlockSize, Precisions, allowed, bytes_as, choose, compute_dtype
+from torrentlm.compute.precision import (
+    BlockSize,
+    Precisions,
+    TooLargeError,
+    allowed,
+    bytes_as,
+    choose,
+    compute_dtype,
+)
 from torrentlm.errors import ConfigError
 from torrentlm.manifest.canonical import TensorSpec
 
@@ -21,8 +29,8 @@ class Cost:
 
 
 ALIKE = {name: Cost() for name in ("F32", "BF16", "F16", "INT8", "INT4")}
-END = BlockSize(0, 1000, storable=False)
-LAYER = BlockSize(3200, 10)
+END = BlockSize((TensorSpec("norm", "F32", (1000,)),), storable=False)
+LAYER = BlockSize((TensorSpec("matrix", "F32", (100, 32)), TensorSpec("norm", "F32", (10,))))
 BLOCKS = {0: END, **dict.fromkeys(range(1, 6), LAYER), 6: END}
 EVERYTHING = 1 << 40
 
@@ -36,11 +44,12 @@ def test_what_fits_is_run_as_published() -> None:
         assert choose(BLOCKS, EVERYTHING, ALIKE, published) == Precisions(published)
 
 
-def test_a_finer_dtype_that_is_faster_costs_no_quality() -> None:
+def test_what_fits_stays_as_published_whatever_is_faster() -> None:
     slow = ALIKE | {"BF16": Cost(0.3)}
-    assert choose(BLOCKS, EVERYTHING, slow, "BF16") == Precisions("F32")
-    assert choose(BLOCKS, size(Precisions("BF16")), slow, "BF16") == Precisions("BF16")
-    assert choose(BLOCKS, EVERYTHING, ALIKE | {"F32": Cost(0.3), "BF16": Cost(9)}, "F32") == Precisions("F32")
+    assert choose(BLOCKS, EVERYTHING, slow, "BF16") == Precisions("BF16")
+    below = size(Precisions("F32")) - 1
+    assert choose(BLOCKS, below, slow, "F32", overflowing=()) == Precisions("F16")
+    assert choose(BLOCKS, below, ALIKE | {"F16": Cost(0.3)}, "F32", overflowing=()) == Precisions("BF16")
 
 
 def test_only_as_much_is_lowered_as_must_be_the_middle_first() -> None:
@@ -57,8 +66,12 @@ def test_only_as_much_is_lowered_as_must_be_the_middle_first() -> None:
 def test_a_budget_that_holds_nothing_names_the_least_that_would_do() -> None:
     least = size(Precisions("BF16", dict.fromkeys(range(1, 6), "INT4")))
     assert size(choose(BLOCKS, least, ALIKE, "F32")) == least
-    with pytest.raises(ConfigError, match=f"at least {least / 1e6:,.1f} MB"):
+    with pytest.raises(TooLargeError, match=f"at least {least / 1e6:,.1f} MB") as caught:
         choose(BLOCKS, least - 1, ALIKE, "F32")
+    assert caught.value.least == least == size(caught.value.precisions)
+    with pytest.raises(TooLargeError) as caught:
+        choose(BLOCKS, -1, ALIKE, "F32")
+    assert caught.value.least == least
 
 
 def test_the_floor_holds() -> None:
@@ -88,11 +101,16 @@ def test_blocks_that_the_operator_named_stay() -> None:
     chosen = choose(BLOCKS, size(Precisions("BF16")) - 3000, ALIKE, "BF16", fixed={3: "BF16", 1: "INT4"})
     assert chosen.of(3) == "BF16"
     assert chosen.of(1) == "INT4"
+    f32 = choose(BLOCKS, size(Precisions("F32")) - 10_000, ALIKE, "F32", fixed={3: "F32"})
+    assert f32.compute == "F32" and f32.of(3) == "F32" and f32.stored
 
 
 @given(st.lists(st.integers(0, 10_000), min_size=1, max_size=8), st.integers(0, 300_000), st.sampled_from(list(ALIKE)))
 def test_the_budget_holds_or_it_is_said(sizes: list[int], budget: int, floor: str) -> None:
-    blocks = {number + 1: BlockSize(32 * matrices, 5, 3) for number, matrices in enumerate(sizes)}
+    others = TensorSpec("norm", "F32", (5,)), TensorSpec("mask", "BOOL", (3,))
+    blocks = {
+        number + 1: BlockSize((TensorSpec("matrix", "F32", (rows, 32)), *others)) for number, rows in enumerate(sizes)
+    }
     try:
         chosen = choose(blocks, budget, ALIKE, "BF16", floor=None if floor == "F16" else floor)
     except ConfigError:

@@ -18,7 +18,8 @@ from torrentlm.compute.quantization.tensor import QuantizedTensor
 from torrentlm.config import NodeConfig, Recipe
 from torrentlm.errors import ConfigError
 from torrentlm.holder.model import HeldModel
-from torrentlm.node.memory import precisions, weights_bytes
+from torrentlm.node.memory import weights_bytes
+from torrentlm.node.precisions import asked_for
 from torrentlm.publish.publish import publish
 from torrentlm.publish.published import Published
 from torrentlm.records import Span
@@ -174,7 +175,8 @@ def test_activations_beyond_f16_are_found(hold: Held, monkeypatch: pytest.Monkey
     sidecar = hold.published.sidecar
     assert sidecar is not None
     monkeypatch.setattr("torrentlm.compute.overflow.F16_MAX", 2.0)
-    assert hold("F32").overflowing(sidecar) == tuple(ALL)
+    for precision in ("F32", "F16"):
+        assert hold(precision).overflowing(sidecar) == tuple(ALL), "whatever it is held in"
 
 
 def asked(**given: Any) -> NodeConfig:
@@ -183,8 +185,8 @@ def asked(**given: Any) -> NodeConfig:
 
 def test_what_an_operator_asks_for(hold: Held) -> None:
     manifest = hold.published.manifest
-    assert precisions(manifest, asked()).compute == "F32"
-    every = precisions(manifest, asked(precision="INT4", precision_of=((Span(1, 2), "INT8"), (Span(4, 5), "BF16"))))
+    assert asked_for(manifest, asked()).compute == "F32"
+    every = asked_for(manifest, asked(precision="INT4", precision_of=((Span(1, 2), "INT8"), (Span(4, 5), "BF16"))))
     assert every.compute == "BF16"
     assert every.stored == {1: "INT8", 2: "INT8", 3: "INT4"}
 
@@ -201,7 +203,7 @@ def test_what_an_operator_asks_for(hold: Held) -> None:
 def test_what_an_operator_cannot_have(hold: Held, floor: str | None, given: dict[str, Any], says: str) -> None:
     manifest = replace(hold.published.manifest, floor=floor)
     with pytest.raises(ConfigError, match=says):
-        precisions(manifest, asked(**given))
+        asked_for(manifest, asked(**given))
 
 
 def test_lora_adds_to_quantized_layers(hold: Held, adapted: Callable[[HeldModel], torch.Tensor]) -> None:

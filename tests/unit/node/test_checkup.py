@@ -15,6 +15,7 @@ from torrentlm.compute.devices import DeviceInfo
 from torrentlm.config import NodeConfig
 from torrentlm.node import checkup
 from torrentlm.node.checkup import device_faults, disk_faults, examine, library_faults
+from torrentlm.records import Span
 from torrentlm.swarm.store import Store
 
 GIB = 1 << 30
@@ -65,6 +66,8 @@ def test_devices() -> None:
     assert device_faults(NodeConfig(precision="BF16"), (cpu,), {"cpu": GIB}, known) == [
         "--precision BF16: cpu lacks BF16."
     ]
+    part = NodeConfig(precision_of=((Span(1, 2), "BF16"), (Span(3, 3), "F32")))
+    assert device_faults(part, (cpu,), {"cpu": GIB}, known) == ["--precision-of BF16: cpu lacks BF16."]
     assert device_faults(NodeConfig(), (cpu, broken), {"cpu": GIB}, known) == ["cuda:0 does not answer."]
     assert "hardly a block" in device_faults(NodeConfig(), (cpu,), {"cpu": 1000}, known)[0]
 
