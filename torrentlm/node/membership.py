@@ -24,7 +24,7 @@ from torrentlm.node.fetch import BlockFiles, say_waiting
 from torrentlm.node.memory import weights_bytes
 from torrentlm.node.parts import Parts
 from torrentlm.node.peers import ModelPeers
-from torrentlm.node.precisions import NOT_ASKED, Budget, decide, enough, must_ask, reason, smallest
+from torrentlm.node.precisions import NOT_ASKED, Budget, asked_for, decide, enough, must_ask, reason, smallest
 from torrentlm.node.sidecars import Sidecars
 from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord, Span
 from torrentlm.route.assign import choose_span, copies
@@ -47,12 +47,11 @@ Ask = Callable[[], Awaitable[Mapping[str, Cost]]]
 
 class Membership:
     """One model on one node. After :meth:`run` has started, :attr:`peers` works; after :meth:`obtain`, the rest, but
-    for ``precisions``, which are there after :meth:`choose`."""
+    for :attr:`precisions`, which :meth:`choose` decides."""
 
     manifest: Manifest
     files: BlockFiles
     folder: Path
-    precisions: Precisions
 
     def __init__(self, parts: Parts, magnet: Magnet) -> None:
         if magnet.v1 is None or magnet.v2 is None:
@@ -63,6 +62,7 @@ class Membership:
         self.id: bytes = magnet.v2
         self._hashes = (InfoHash(magnet.v1), InfoHash(magnet.v2[:20]))
         self._parts = parts
+        self._precisions: Precisions | None = None
         self.peers = ModelPeers(
             parts, self._hashes, PeerRecord(node=parts.key, model=self.id, port=parts.gateway.endpoint.port)
         )
@@ -75,6 +75,11 @@ class Membership:
         """Peers that are connected, those first that compute this model."""
         candidates = sorted(self.snapshot().candidates, key=lambda peer: (not peer.resident, not peer.has_blocks))
         return [peer.node for peer in candidates]
+
+    @property
+    def precisions(self) -> Precisions:
+        """What was decided for the span that is held; as long as none was chosen, what the operator asked for."""
+        return self._precisions or asked_for(self.manifest, self._parts.config)
 
     @property
     def ready(self) -> bool:
@@ -188,9 +193,9 @@ class Membership:
         elif span.last > last:
             raise ConfigError(f"--blocks {span} is past this model's end: it has blocks 0-{last}")
         costs = await self._costs(span, budget, ask)
-        self.precisions = decide(self.manifest, config, span, budget, costs)
-        if why := reason(self.manifest, config, span, budget, self.precisions, costs):
-            self._parts.say({"event": "precision", "precision": self.precisions.said(span), "why": why})
+        self._precisions = how = decide(self.manifest, config, span, budget, costs)
+        if why := reason(self.manifest, config, span, budget, how, costs):
+            self._parts.say({"event": "precision", "precision": how.said(span), "why": why})
         return span
 
     async def _costs(self, span: Span, budget: Budget, ask: Ask) -> Mapping[str, Cost]:
