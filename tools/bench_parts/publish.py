@@ -61,6 +61,8 @@ def run(runs: int, gigabytes: float = 2.0, folder: str = "") -> dict[str, Any]:
     """A checkpoint of about ``gigabytes`` (14 for a whole 7B model) in a new folder below ``folder`` (the system's for
     temporary files); takes twice its size of disk there.
     """
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="torrentlm-bench-", dir=folder or None) as place:
         source = Path(place, "checkpoint")
         size = make_checkpoint(source, int(gigabytes * 1e9))
