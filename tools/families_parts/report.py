@@ -30,8 +30,8 @@ A few models do not agree with themselves. What some decode step by step differs
 whole text, so that no split could give both: with `replay = true` in the recipe they are held to the latter, which is
 `generate(use_cache=False)`. Others give for a prompt in parts something else than for the prompt at once: with
 `chunks = false` holders get it whole. Publishing refuses both without the hint, which is tried for each; the table says
-which models have one. It looks at 40 tokens: a model that picks out of the earlier tokens more than that, as large ones
-of the same kinds do (2048, say), is published without a word, and needs `chunks = false` all the same.
+which models have one. It looks at 40 tokens, and at the model as if its windows, and whatever else it counts tokens
+by, were a few tokens long.
 
 torch {torch}, transformers {transformers}.
 

@@ -11,15 +11,21 @@ from torrentlm.compute.border import pack, unpack
 from torrentlm.compute.chain import Part, step
 from torrentlm.compute.inputs import Encoded
 from torrentlm.compute.quantization.narrow import AS_PUBLISHED
-from torrentlm.compute.split import Split
+from torrentlm.compute.split import Hints, Split
+from torrentlm.compute.splitter import analyse_sides
 from torrentlm.compute.weights import Quantization
 from torrentlm.errors import RefusedError, RemoteProtocolError, UnsupportedModelError
+from torrentlm.publish.thresholds import LONGEST, thresholds, with_small
 from torrentlm.wire.messages import Want
 from torrentlm.wire.tensors import Tensor
 
 TOKENS = (18, 14, 8)
 """How many come at a time; fewer for a model that ends before."""
 LEAST = 6
+DIFFERS = (
+    "this model cannot be published as it is: a prompt in parts gives something else than the whole prompt;"
+    " with chunks = false in [model.split] holders get each prompt whole"
+)
 ROWS = 4
 """Prompts: some models pick a few of the earlier tokens, and not in every prompt others when it comes in parts."""
 ALIKE = 1e-4
@@ -27,25 +33,50 @@ ALIKE = 1e-4
 
 
 def require_same_in_parts(
-    config: PretrainedConfig, split: Split, parts: Sequence[Part], encoded: Encoded | None
+    config: PretrainedConfig, hints: Hints, side: int, split: Split, parts: Sequence[Part], encoded: Encoded | None
 ) -> None:
     """Raise UnsupportedModelError, with the hint that helps, if they differ.
 
-    ``parts`` are those of one side, the stem first; they need not go on to the head: what may differ is in the layers.
-    Each is there only while it runs. It computes in F32, while its weights stay as they lie in the files.
+    ``split`` is that of the model's ``side``, found with ``hints``. ``parts`` are those of this side, the stem first;
+    they need not go on to the head: what may differ is in the layers. Each is there only while it runs. It computes in
+    F32, while its weights stay as they lie in the files.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not _same(config, split, parts, encoded):
+        raise UnsupportedModelError(DIFFERS)
+    names = thresholds(config, sum(TOKENS))
+    # All at once: only if that is no model, or not the same, it matters which of them it is.
+    if names and not _same_if_small(config, hints, side, parts, encoded, names):
+        for name in names:
+            if _same_if_small(config, hints, side, parts, encoded, [name]) is False:
+                raise UnsupportedModelError(DIFFERS)
+
+
+def _same_if_small(
+    config: PretrainedConfig,
+    hints: Hints,
+    side: int,
+    parts: Sequence[Part],
+    encoded: Encoded | None,
+    names: Sequence[str],
+) -> bool | None:
+    """Of the model as if these numbers of its config were small; None if that is no model that runs."""
+    changed = with_small(config, names)
+    try:
+        split = analyse_sides(changed, hints)[side]
+        return not split.chunks or split.replays or _same(changed, split, parts, encoded)
+    except UnsupportedModelError:
+        return None
+
+
+def _same(config: PretrainedConfig, split: Split, parts: Sequence[Part], encoded: Encoded | None) -> bool:
+    limit = getattr(config.get_text_config(), LONGEST, None)
     total = min(sum(TOKENS), limit) if isinstance(limit, int) and limit > 0 else sum(TOKENS)
     if total < LEAST:
-        return
+        return True
     sizes = [total * count // sum(TOKENS) for count in TOKENS[:-1]]
     sizes.append(total - sum(sizes))
     at_once, in_parts = _through(config, split, parts, encoded, sizes)
-    if any(_differ(one, other, sizes) for one, other in zip(at_once, in_parts, strict=True)):
-        raise UnsupportedModelError(
-            "this model cannot be published as it is: a prompt in parts gives something else than the whole prompt;"
-            " with chunks = false in [model.split] holders get each prompt whole"
-        )
+    return not any(_differ(one, other, sizes) for one, other in zip(at_once, in_parts, strict=True))
 
 
 def _through(

@@ -124,7 +124,7 @@ def prove(
         if split.inputs.causal and split.chunks and not split.replays:
             some = _first_blocks(manifest, side, paths) if is_large else cut.parts
             if some:
-                require_same_in_parts(config, split, some, run.encoded)
+                require_same_in_parts(config, hints_of(manifest), side, split, some, run.encoded)
     report(len(parts), len(parts))
     best = runs.get("F32", run)
     streamed = any(cut.streamed for cut in cuts)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DogeConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DogeConfig, MistralConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.e2e import checkpoint
@@ -150,20 +150,24 @@ def test_a_large_model_needs_no_f32_where_its_own_precision_is_exact(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("large", [0, proof.LARGE])
+@pytest.mark.parametrize("kept", [4, 2048])
 def test_a_model_that_sees_something_else_in_parts_is_refused(
-    large: int, dtype: torch.dtype, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+    kept: int, large: int, dtype: torch.dtype, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each token looks at the few earlier ones that score best, among those of its part."""
+    """Each token looks at the earlier ones that score best, among those of its part: a few, or more than there are in
+    any text that is looked at.
+    """
     monkeypatch.setattr(publishing, "prove", partial(prove, large=large))
     monkeypatch.setattr(weights, "LEAST", 1)
     torch.manual_seed(0)
-    config = DogeConfig(**SMALL, num_key_value_heads=2, keep_window_size=4, tie_word_embeddings=True)
+    config = DogeConfig(**SMALL, num_key_value_heads=2, keep_window_size=kept, tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(UnsupportedModelError, match=r"a prompt in parts gives something else.*chunks = false"):
         publish(Recipe("Picks", tmp_path / "checkpoint", tokenizer=False), store)
     found = publish(Recipe("Picks", tmp_path / "checkpoint", tokenizer=False, chunks=False), store)
     assert not found.manifest.sides[-1].chunks
-    save_llama(tmp_path / "other", dtype=dtype)  # sees the same in parts
+    others = MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=kept)  # sees the same in parts
+    AutoModelForCausalLM.from_config(others, dtype=dtype).save_pretrained(tmp_path / "other")
     assert publish(Recipe("Other", tmp_path / "other", tokenizer=False), store).manifest.sides[-1].chunks
 
 
@@ -171,7 +175,7 @@ def test_what_is_too_large_in_f32_is_not_looked_at(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[int] = []
-    monkeypatch.setattr(proof, "require_same_in_parts", lambda config, split, parts, encoded: looked.append(len(parts)))
+    monkeypatch.setattr(proof, "require_same_in_parts", lambda *given: looked.append(len(given[-2])))
     save_llama(tmp_path / "checkpoint", dtype=torch.bfloat16)
     published = publish(Recipe("Tiny", tmp_path / "checkpoint", tokenizer=False), store)
     again(published, store, large=0)
