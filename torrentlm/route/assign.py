@@ -1,4 +1,4 @@
-"""From what the swarm holds to the span that a joining holder should take. Pure functions."""
+"""From what the swarm holds to the span that a joining holder should take, and its devices' shares. Pure functions."""
 
 from __future__ import annotations
 
@@ -76,3 +76,50 @@ def choose_span(
         if best is None or key > best:
             best, choice = key, Span(first, last)
     return choice
+
+
+def divide(sizes: Sequence[Files], budgets: Sequence[int]) -> tuple[range, ...]:
+    """Consecutive blocks over the devices of one node: which of ``sizes`` each of ``budgets`` gets, in both orders.
+
+    The division whose fullest device, in parts of its budget, is the least full. Of those, the one that fills the
+    devices from the front, so that a route crosses as few of them as may be; the last may get nothing. A file counts
+    once on each device that needs it.
+    """
+    full = 1.0
+    while (chosen := _filled(sizes, budgets, full)) is None:
+        full *= 2
+        if full > 2.0**64:  # no budget at all, so that no division is better than another
+            return (range(len(sizes)), *(range(len(sizes), len(sizes)) for _ in budgets[1:]))
+    low = 0.0
+    for _ in range(_HALVINGS):
+        middle = (low + full) / 2
+        found = _filled(sizes, budgets, middle)
+        if found is None:
+            low = middle
+        else:
+            full, chosen = middle, found
+    return chosen
+
+
+_HALVINGS = 50
+
+
+def fits(sizes: Sequence[Files], budgets: Sequence[int]) -> bool:
+    """Whether consecutive blocks can be divided over these devices (``divide``) within all their budgets."""
+    return _filled(sizes, budgets, 1.0) is not None
+
+
+def _filled(sizes: Sequence[Files], budgets: Sequence[int], full: float) -> tuple[range, ...] | None:
+    """Each device gets as many of the blocks left as take ``full`` of its budget; None if some are left in the end."""
+    parts = []
+    first = 0
+    for budget in budgets:
+        total, last = _Total(), first
+        while last < len(sizes):
+            total.add(sizes[last])
+            if total.bytes > full * budget:
+                break
+            last += 1
+        parts.append(range(first, last))
+        first = last
+    return tuple(parts) if first == len(sizes) else None

@@ -1,13 +1,15 @@
-"""Which span a joining holder takes."""
+"""Which span a joining holder takes, and which part of it each of its devices."""
 
 from __future__ import annotations
+
+from itertools import combinations_with_replacement, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.route.test_plan import candidate, snapshot
 from torrentlm.records import Span
-from torrentlm.route.assign import choose_span, copies
+from torrentlm.route.assign import choose_span, copies, divide, fits
 
 
 def apart(*sizes: int) -> list[dict[str, int]]:
@@ -88,3 +90,42 @@ def test_no_affordable_span_is_worth_more(blocks, budget):
 def test_copies_count_peers_not_spans():
     first = candidate(1, Span(0, 1), Span(1, 2))
     assert copies(snapshot(first, candidate(2, Span(1, 1))), 4) == [1, 2, 1, 0]
+
+
+blocks_and_budgets = st.tuples(
+    st.lists(st.sets(st.sampled_from("abcdef"), min_size=1, max_size=3), max_size=7),
+    st.lists(st.integers(1, 50), min_size=6, max_size=6),
+    st.lists(st.integers(0, 60), min_size=1, max_size=4),
+)
+
+
+def fullest(sizes: list[dict[str, int]], budgets: list[int], parts: tuple[range, ...]) -> float:
+    """How full the fullest device is."""
+    taken = [sum({name: size for at in part for name, size in sizes[at].items()}.values()) for part in parts]
+    return max(
+        size / budget if budget else float("inf") if size else 0.0 for size, budget in zip(taken, budgets, strict=True)
+    )
+
+
+@given(blocks_and_budgets)
+def test_no_division_leaves_the_fullest_device_emptier(given_: tuple[list[set[str]], list[int], list[int]]) -> None:
+    names, bytes_of, budgets = given_
+    sizes = [{name: bytes_of["abcdef".index(name)] for name in block} for block in names]
+    parts = divide(sizes, budgets)
+    assert len(parts) == len(budgets)
+    assert [at for part in parts for at in part] == list(range(len(sizes)))
+    ways = [
+        tuple(range(first, last) for first, last in pairwise((0, *cuts, len(sizes))))
+        for cuts in combinations_with_replacement(range(len(sizes) + 1), len(budgets) - 1)
+    ]
+    best = min(fullest(sizes, budgets, way) for way in ways)
+    assert fullest(sizes, budgets, parts) <= best + 1e-9
+    assert fits(sizes, budgets) == (best <= 1) == (fullest(sizes, budgets, parts) <= 1)
+
+
+def test_a_division_in_proportion_and_over_few_devices() -> None:
+    assert divide(apart(*[10] * 6), [30, 60]) == (range(2), range(2, 6))
+    assert divide(apart(*[10] * 6), [100] * 4) == (range(2), range(2, 4), range(4, 6), range(6, 6))
+    assert divide(apart(*[10] * 3), [0, 0]) == (range(3), range(3, 3))
+    tied = [{"embed": 40}, {"0": 10}, {"1": 10}, {"norm": 1, "embed": 40}]
+    assert divide(tied, [50, 60]) == (range(2), range(2, 4))
