@@ -90,6 +90,21 @@ def spans_of(blocks: Iterable[int]) -> tuple[Span, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Lane:
+    """What one device of a node runs of a model: a hop of a route is within one. Fields as in PeerRecord."""
+
+    span: Span
+    device: str = "cpu"
+    precision: str = "F32"
+    block_ms: float = 0.0
+    sessions: int = 0
+
+
+MAX_LANES = 32
+"""Devices that one node computes a model on."""
+
+
+@dataclass(frozen=True, slots=True)
 class PeerRecord:
     """What a node says of itself for one model: first message on a pipe, and its BEP 44 item.
 
@@ -98,7 +113,8 @@ class PeerRecord:
     ``claimed`` those that it is fetching to serve. ``memory_free`` in bytes; ``block_ms`` is its measured time for one
     layer block and one token, in milliseconds (0: not measured yet). ``sequence`` grows with every change.
     ``adapters``: bytes of adapters that it takes for sessions (0: it applies none). ``fetching``: blocks of which
-    pieces are still to come, whatever it wants them for.
+    pieces are still to come, whatever it wants them for. ``lanes``: which of ``resident`` and ``offered`` each of its
+    devices runs; () where there is only one.
     """
 
     node: NodeKey
@@ -116,6 +132,7 @@ class PeerRecord:
     adapters: int = 0
     offered: tuple[Span, ...] = ()
     fetching: tuple[Span, ...] = ()
+    lanes: tuple[Lane, ...] = ()
 
 
 RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from torrentlm.records import Endpoint, NodeKey, PeerRecord, Span
+from torrentlm.records import Endpoint, Lane, NodeKey, PeerRecord, Span
 
 SMOOTHING = 0.25
 """Weight of the newest round trip in its moving average."""
@@ -33,7 +33,7 @@ class _Peer:
 class Candidate:
     """One peer as a route sees it. ``rtt_s`` in seconds (None: not measured), ``block_s`` per layer block and token.
 
-    ``adapters``: bytes of adapters that it takes for sessions.
+    ``adapters``: bytes of adapters that it takes for sessions. ``lanes``: its devices, if there are several.
     """
 
     node: NodeKey
@@ -48,6 +48,7 @@ class Candidate:
     sessions: int = 0
     adapters: int = 0
     suspect: bool = False
+    lanes: tuple[Lane, ...] = ()
 
     @property
     def has_blocks(self) -> bool:
@@ -147,6 +148,7 @@ class Registry:
                 sessions=peer.record.sessions,
                 adapters=peer.record.adapters,
                 suspect=peer.failed_at is not None and now - peer.failed_at < FAILURE_MEMORY_S,
+                lanes=peer.record.lanes,
             )
             for node, peer in sorted(self._peers.items())
             if peer.record is not None and peer.connected

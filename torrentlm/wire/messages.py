@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Annotated
 
 from torrentlm.errors import RemoteProtocolError
-from torrentlm.records import AdapterId, Endpoint, NodeKey, PeerRecord, Sampling, SessionId, Span, Stop
+from torrentlm.records import MAX_LANES, AdapterId, Endpoint, Lane, NodeKey, PeerRecord, Sampling, SessionId, Span, Stop
 from torrentlm.wire.codec import EncodedMessage, Schema
 from torrentlm.wire.kinds import (
     Array,
@@ -52,6 +52,7 @@ _token = Int(0, 2**31 - 1)
 _u63 = Int(0, 2**63 - 1)
 
 _span = Struct(Span, first=_block, last=_block)
+_lane = Struct(Lane, span=_span, device=Text(64), precision=Text(16), block_ms=Float(0, 1e6), sessions=_block)
 _record = Struct(
     PeerRecord,
     node=Bytes(32),
@@ -69,6 +70,7 @@ _record = Struct(
     adapters=_u63,
     offered=Array(_span, 256),
     fetching=Array(_span, 256),
+    lanes=Array(_lane, MAX_LANES),
 )
 _adapter = Struct(AdapterId, v1=Bytes(20), v2=Bytes(32))
 _sampling = Struct(

@@ -8,8 +8,8 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torrentlm.records import Endpoint, NodeKey, Span
-from torrentlm.route.plan import Hop, Missing, _costs, plan_route
+from torrentlm.records import Endpoint, Lane, NodeKey, Span
+from torrentlm.route.plan import LANE_S, Hop, Missing, _block_cost, _entry_cost, _lane_of, plan_route
 from torrentlm.route.registry import Candidate, Snapshot
 
 BLOCKS = 5
@@ -17,10 +17,16 @@ ALL = Span(0, BLOCKS - 1)
 
 
 def candidate(
-    number: int, *spans: Span, rtt: float | None = None, block: float | None = None, suspect: bool = False
+    number: int,
+    *spans: Span,
+    rtt: float | None = None,
+    block: float | None = None,
+    suspect: bool = False,
+    lanes: tuple[Lane, ...] = (),
 ) -> Candidate:
     key = NodeKey(bytes([number]) * 32)
-    return Candidate(key, Endpoint("10.0.0.1", number), spans, rtt_s=rtt, block_s=block, suspect=suspect)
+    place = Endpoint("10.0.0.1", number)
+    return Candidate(key, place, spans, rtt_s=rtt, block_s=block, suspect=suspect, lanes=lanes)
 
 
 def snapshot(*candidates: Candidate) -> Snapshot:
@@ -28,37 +34,55 @@ def snapshot(*candidates: Candidate) -> Snapshot:
 
 
 def cost_of(route: tuple[Hop, ...], candidates: tuple[Candidate, ...]) -> float:
-    by_node = {peer.node: _costs(peer) for peer in candidates}
-    return sum(by_node[hop.node][0] + len(hop.span) * by_node[hop.node][1] for hop in route)
+    by_node = {peer.node: peer for peer in candidates}
+    total, before = 0.0, None
+    for hop in route:
+        peer = by_node[hop.node]
+        [lane] = {_lane_of(peer, block) for block in hop.span}  # no hop is more than one device's
+        enter = _entry_cost(peer)
+        total += min(enter, LANE_S) if before == hop.node else enter
+        total += len(hop.span) * _block_cost(peer, lane)
+        before = hop.node
+    return total
 
 
 def brute_force(candidates: tuple[Candidate, ...], blocks: Span) -> float | None:
     """The cheapest cost over every assignment of these blocks to candidates."""
-    costs = [_costs(peer) for peer in candidates]
+    enter = [_entry_cost(peer) for peer in candidates]
+    run = [[_block_cost(peer, _lane_of(peer, block)) for block in blocks] for peer in candidates]
+    lanes = [[_lane_of(peer, block) for block in blocks] for peer in candidates]
     best = None
+
+    def change(place: int, before: int | None, now: int) -> float:
+        if before != now:
+            return enter[now]
+        return 0.0 if lanes[now][place] == lanes[now][place - 1] else min(enter[now], LANE_S)
+
     serving = [[i for i, peer in enumerate(candidates) if any(b in s for s in peer.resident)] for b in blocks]
     for chosen in product(*serving):
         total = sum(
-            costs[i][1] + (costs[i][0] if place == 0 or chosen[place - 1] != i else 0) for place, i in enumerate(chosen)
+            run[i][place] + change(place, chosen[place - 1] if place else None, i) for place, i in enumerate(chosen)
         )
         best = total if best is None else min(best, total)
     return best
 
 
 spans = st.integers(0, BLOCKS - 1).flatmap(lambda a: st.builds(Span, st.just(a), st.integers(a, BLOCKS - 1)))
+lanes = st.builds(Lane, spans, block_ms=st.just(0.0) | st.floats(0.1, 500), sessions=st.integers(0, 2))
 peers = st.tuples(
     st.lists(spans, min_size=1, max_size=2),
     st.none() | st.floats(0, 1),
     st.none() | st.floats(0.0001, 0.5),
     st.booleans(),
+    st.lists(lanes, max_size=3).map(tuple),  # whatever a peer says, overlapping ones too
 )
 
 
 @given(st.lists(peers, max_size=5), st.just(ALL) | spans)
 def test_the_route_is_the_cheapest_there_is(described, blocks):
     candidates = tuple(
-        candidate(number + 1, *held, rtt=rtt, block=block, suspect=suspect)
-        for number, (held, rtt, block, suspect) in enumerate(described)
+        candidate(number + 1, *held, rtt=rtt, block=block, suspect=suspect, lanes=lanes)
+        for number, (held, rtt, block, suspect, lanes) in enumerate(described)
     )
     best = brute_force(candidates, blocks)
     route = plan_route(snapshot(*candidates), blocks)
@@ -78,6 +102,29 @@ def test_one_holder_of_everything_is_one_hop():
     route = plan_route(snapshot(candidate(1, Span(0, 2)), candidate(2, Span(0, 4)), candidate(3, Span(2, 4))), ALL)
     assert not isinstance(route, Missing)
     assert [str(hop.span) for hop in route] == ["0-4"]
+
+
+def two_devices(number: int, **given: float) -> Candidate:
+    return candidate(number, Span(0, 4), lanes=(Lane(Span(0, 1)), Lane(Span(2, 4))), **given)
+
+
+def test_two_devices_of_one_holder_are_two_hops() -> None:
+    route = plan_route(snapshot(candidate(1, Span(0, 2)), two_devices(2), candidate(3, Span(2, 4))), ALL)
+    assert not isinstance(route, Missing)
+    assert [(hop.endpoint.port, str(hop.span)) for hop in route] == [(2, "0-1"), (2, "2-4")]
+    part = plan_route(snapshot(two_devices(2)), Span(1, 2))
+    assert not isinstance(part, Missing)
+    assert [str(hop.span) for hop in part] == ["1", "2"]
+
+
+def test_each_device_has_its_own_sessions_and_time() -> None:
+    busy = replace(two_devices(1), lanes=(Lane(Span(0, 1)), Lane(Span(2, 4), block_ms=2, sessions=20)))
+    route = plan_route(snapshot(busy, candidate(2, Span(0, 4), block=0.01)), ALL)
+    assert not isinstance(route, Missing)
+    assert [(hop.endpoint.port, str(hop.span)) for hop in route] == [(2, "0-4")]
+    near = plan_route(snapshot(replace(busy, rtt_s=0.001), candidate(2, Span(0, 4), block=0.01, rtt=0.001)), ALL)
+    assert not isinstance(near, Missing)
+    assert [(hop.endpoint.port, str(hop.span)) for hop in near] == [(1, "0-1"), (2, "2-4")]
 
 
 def test_a_suspect_is_the_last_choice():

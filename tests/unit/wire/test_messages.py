@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torrentlm.errors import LocalProtocolError, RemoteProtocolError
-from torrentlm.records import NodeKey, PeerRecord, Sampling, SessionId, Span, Stop
+from torrentlm.records import MAX_LANES, Lane, NodeKey, PeerRecord, Sampling, SessionId, Span, Stop
 from torrentlm.wire import tensors as tensors_module
 from torrentlm.wire.codec import MAX_HEADER
 from torrentlm.wire.messages import (
@@ -162,6 +162,7 @@ def test_a_field_of_another_type_never_crashes(message: Message, data: st.DataOb
         Record(PeerRecord(NODE, bytes(31), 1)),
         Record(PeerRecord(NODE, bytes(32), 1, held=(Span(0, 65536),))),
         Record(PeerRecord(NODE, bytes(32), 1, held=(Span(0, 1),) * 257)),
+        Record(PeerRecord(NODE, bytes(32), 1, lanes=(Lane(Span(0, 1)),) * (MAX_LANES + 1))),
         NextHop(NODE, "host", 1, SESSION),
     ],
     ids=repr,
@@ -349,7 +350,19 @@ def test_the_smallest_header_lists_fit() -> None:
         ),
         step(*[Tensor("F32", (2**24, 0, 2**24, 2**24, 2**24, 2**24, 2**24, 2**24), b"")] * 64, reorder=(255,) * 256),
         Generate(SESSION, 0, 0, 1, stop=Stop((2**31 - 1,) * 64, ("s" * 256,) * 16)),
-        Record(PeerRecord(NODE, bytes(32), 1, 0, *[(Span(60000, 65000),) * 256] * 3, device="d" * 64)),
+        Record(
+            PeerRecord(
+                NODE,
+                bytes(32),
+                1,
+                0,
+                *[(Span(60000, 65000),) * 256] * 3,
+                device="d" * 64,
+                offered=(Span(60000, 65000),) * 256,
+                fetching=(Span(60000, 65000),) * 256,
+                lanes=(Lane(Span(60000, 65000), "d" * 64, "p" * 16, 1e6, 65535),) * MAX_LANES,
+            )
+        ),
         Token(SESSION, 0, 0, 0, (2**31 - 1,) * 256),
     ]
     for message in full:
