@@ -198,7 +198,7 @@ async def test_sessions_of_two_adapters_share_the_base_in_memory(
 ) -> None:
     def runner_weights(node: Node) -> dict[str, int]:
         assert node._computing is not None
-        held = node._computing.holder._models[shelf.model.model.v2]
+        held = node._computing._served[shelf.model.model.v2].shares[0].model
         assert len(held._runners) == 1
         return {name: weight.data_ptr() for name, weight in held.runner(ALL)._model.named_parameters()}
 

@@ -32,7 +32,7 @@ def config(data: Path, *peers: Endpoint, blocks: Blocks = "none") -> NodeConfig:
 def weights_of(node: Node, published: Published) -> dict[str, int]:
     """Where each parameter of the held model lies in memory."""
     assert node._computing is not None
-    held = node._computing.holder._models[published.model.v2]
+    held = node._computing._served[published.model.v2].shares[0].model
     return {name: weight.data_ptr() for name, weight in held.runner(held.span)._model.named_parameters()}
 
 
@@ -91,7 +91,7 @@ async def test_two_models_that_do_not_fit_together(tmp_path: Path) -> None:
             for model in models:
                 await hold(holder, model)
             assert holder._computing is not None
-            memory = holder._computing.holder.memory
+            memory = holder._computing.lanes[0].memory
             records = [holder.memberships[model.model.v2].peers.record for model in models]
             assert [record.offered for record in records] == [(blocks,), (blocks,)]
             resident = [sum(map(len, record.resident)) for record in records]

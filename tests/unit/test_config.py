@@ -145,6 +145,7 @@ def test_lists_replace_each_other():
         ("dht_bootstrap", "a:1,b:2", (Endpoint("a", 1), Endpoint("b", 2))),
         ("devices", "auto", None),
         ("devices", "cpu", ("cpu",)),
+        ("devices", "cpu:0, cpu:1", ("cpu:0", "cpu:1")),
         ("devices", "cuda:1, CPU,cuda,cuda:1", ("cuda:1", "cpu", "cuda:0")),
         ("blocks", "auto", "auto"),
         ("blocks", "none", "none"),

@@ -58,7 +58,8 @@ def _shown(status: dict[str, Any]) -> RenderableType:
     for column in ("", "used", "budget", ""):
         memory.add_column(column, no_wrap=True)
     for device in status["devices"]:
-        memory.add_row(device["name"])
+        several = len(status["devices"]) > 1
+        memory.add_row(f"{device['device']}: {device['name']}" if several else device["name"])
         for what in ("weights", "kv"):
             label = {"weights": "weights", "kv": "KV-caches"}[what]
             memory.add_row(f"  {label}", *_share(device[what]["used"], device[what]["budget"]))

@@ -18,7 +18,8 @@ Arguments = TypeVarTuple("Arguments")
 
 
 class Device:
-    """One device, one forward at a time, each in a worker thread. ``torch_device`` is where its tensors live.
+    """One device, one forward at a time, each in a worker thread. ``torch_device`` is where its tensors live, ``label``
+    what the operator calls it. ``cpu:0``, ``cpu:1`` … are parts of the processor, as if each were a device.
 
     ``threads`` limits the cores that one forward uses on a CPU. ``budget`` is how many bytes of its memory weights and
     KV-caches may take together; nothing here enforces it. Raises ConfigError for a device that is not there.
@@ -29,11 +30,18 @@ class Device:
             self.torch_device = torch.device(name)
         except RuntimeError as error:
             raise ConfigError(f"torch knows no device {name!r}; torrentlm doctor lists those that are here.") from error
+        self.label = name
+        if not self.accelerates:
+            self.torch_device = torch.device("cpu")  # where tensors say that they are, whatever the number
         self.budget = budget
         self.check()
         if threads is not None and self.torch_device.type == "cpu":
             torch.set_num_threads(threads)
         self._limiter = trio.CapacityLimiter(1)
+
+    @property
+    def accelerates(self) -> bool:
+        return self.torch_device.type != "cpu"
 
     def check(self) -> None:
         """Raise ConfigError if the device is not there, or not any more: a driver may lose one while it runs."""

@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def find_devices() -> tuple[DeviceInfo, ...]:
 def choose(names: Sequence[str] | None, found: Sequence[DeviceInfo]) -> tuple[DeviceInfo, ...]:
     """The devices of these names, in their order; None: all accelerators that can be used, the processor without any.
 
-    Raises ConfigError for one that is not there or cannot be used.
+    ``cpu:N`` is a part of the processor, which is then several devices. Raises ConfigError for a device that is not
+    there or cannot be used.
     """
     usable = [device for device in found if not device.problem]
     if names is None:
@@ -88,14 +89,19 @@ def choose(names: Sequence[str] | None, found: Sequence[DeviceInfo]) -> tuple[De
     by_name = {device.name: device for device in found}
     chosen = []
     for name in dict.fromkeys(names):
-        device = by_name.get(name)
+        device = by_name.get(whole(name))
         if device is None:
             here = " and ".join(known.name for known in usable)
             raise ConfigError(f"There is no device {name} here; --devices can be auto, or name {here}.")
         if device.problem:
             raise ConfigError(device.problem)
-        chosen.append(device)
+        chosen.append(replace(device, name=name))
     return tuple(chosen)
+
+
+def whole(name: str) -> str:
+    """The device that one of this name is, or is a part of."""
+    return "cpu" if name.startswith("cpu:") else name
 
 
 def unused_hardware() -> str:

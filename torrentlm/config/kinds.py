@@ -168,7 +168,7 @@ def _devices(value: object, base: Path) -> tuple[str, ...] | None:
     names = tuple(dict.fromkeys(word.strip().lower() for word in words))
     if names == ("auto",):
         return None
-    if not all(re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name) for name in names):
+    if not all(re.fullmatch(r"mps|(cpu|cuda)(:\d{1,3})?", name) for name in names):
         raise ValueError
     return tuple(f"{name}:0" if name == "cuda" else name for name in names)
 

@@ -64,6 +64,8 @@ class HeldModel:
     complete, all if not given; others may arrive later. ``stored`` are the blocks that are kept in INT8 or INT4,
     ``quantized`` is the folder where these are kept on disk, if anywhere.
 
+    ``like`` holds other blocks of the same model: what both need to know of it is then worked out once.
+
     Weights are loaded when they are first needed. Whoever owns the device's memory says when they go (``let_go``).
     The constructor blocks; run it in a thread. Raises ArtifactError, UnsupportedModelError.
     """
@@ -82,6 +84,7 @@ class HeldModel:
         arrived: Collection[int] | None = None,
         stored: Mapping[int, str] | None = None,
         quantized: Path | None = None,
+        like: HeldModel | None = None,
     ) -> None:
         self.id = id
         self.manifest = manifest
@@ -93,8 +96,10 @@ class HeldModel:
         self._folder = folder
         self._paths = dict(paths)
         self._sizes = sizes or {file.name: file.size for file in manifest.files}
-        self._config: Any = read_config(folder, allow_code)
-        self._sides: tuple[Split, ...] = analyse_sides(self._config, hints_of(manifest))
+        self._config: Any = read_config(folder, allow_code) if like is None else like._config
+        self._sides: tuple[Split, ...] = (
+            analyse_sides(self._config, hints_of(manifest)) if like is None else like._sides
+        )
         require_same_cut(manifest, self._sides)
         self._arrived: set[int] = set(span if arrived is None else arrived)
         self._runners: OrderedDict[Span, SpanRunner] = OrderedDict()

@@ -42,9 +42,10 @@ from torrentlm.wire.messages import (
 log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 256
+"""Of one device; each device of a node has a holder of its own."""
 MAX_QUEUED_STEPS = 256
 MAX_QUEUED_BYTES = 512 << 20
-"""Of all sessions together. A client keeps a few chunks of its prompt under way, see docs/protocol.md."""
+"""Of all sessions of one device together. A client keeps a few chunks of its prompt under way, see docs/protocol.md."""
 TELL_LIMIT_S = 2.0
 REAP_EVERY_S = 1.0
 CLIENT_WAIT_S = 10.0
@@ -82,8 +83,8 @@ class _Live:
 
 
 class Holder:
-    """Owns every session on this node. ``memory`` holds the weights; ``kv_budget`` in bytes bounds the KV-caches of all
-    sessions together.
+    """Owns every session on one device of this node. ``memory`` holds the weights; ``kv_budget`` in bytes bounds the
+    KV-caches of all sessions together.
 
     A session whose client does not renew it for ``max_lease`` seconds, or for the shorter time it asked for, is freed.
     """
@@ -121,6 +122,10 @@ class Holder:
     @property
     def kv_bytes(self) -> int:
         return sum(live.kv_bytes for live in self._live.values())
+
+    def knows(self, session: SessionId) -> bool:
+        """Whether this session is open here, or about to be."""
+        return session in self._live or session in self._opening
 
     def hold(self, model: HeldModel) -> None:
         """Serve this model's blocks from now on."""

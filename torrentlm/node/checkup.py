@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from torrentlm.compute.costs import Measurement
-from torrentlm.compute.devices import DeviceInfo, choose, find_devices, unused_hardware
+from torrentlm.compute.devices import DeviceInfo, choose, find_devices, unused_hardware, whole
 from torrentlm.compute.threads import first_import
 from torrentlm.config import NodeConfig
 from torrentlm.errors import ConfigError, FolderInUseError, NetworkError, StorageError
@@ -191,15 +191,21 @@ def _tcp_works() -> None:
 def _devices(
     config: NodeConfig, found: Sequence[DeviceInfo], measurements: Mapping[str, Measurement], faults: list[str]
 ) -> list[Facts]:
-    """Every device, with its measurement and, if the node would use it, its budgets."""
+    """Every device or chosen part of one, with its measurement and, if the node would use it, its budgets."""
     budgets: dict[str, int] = {}
+    chosen: Sequence[DeviceInfo] = ()
     try:
         chosen = choose(config.devices, found)
         budgets = dict(zip((device.name for device in chosen), device_budgets(config, chosen), strict=True))
     except ConfigError as error:
         faults.append(str(error))
     faults += device_faults(config, found, budgets, measurements)
-    return [_described(device, budgets.get(device.name), measurements.get(device.name)) for device in found]
+    parts = {device.name: [part for part in chosen if whole(part.name) == device.name] or [device] for device in found}
+    return [
+        _described(part, budgets.get(part.name), measurements.get(device.name))
+        for device in found
+        for part in parts[device.name]
+    ]
 
 
 def _described(device: DeviceInfo, budget: int | None, measurement: Measurement | None) -> Facts:
@@ -224,9 +230,9 @@ def device_faults(
                 f"The budget of {name} is only {budget / 1e6:,.1f} MB, hardly a block of any model; close other"
                 " programs, or raise --ram or --vram."
             )
-        if name in measurements:
+        if whole(name) in measurements:
             named = [("precision", config.precision)] if config.precision != "auto" else []
             named += [("precision-of", precision) for _, precision in config.precision_of]
-            costs = [(option, precision, measurements[name].cost(precision)) for option, precision in named]
+            costs = [(option, precision, measurements[whole(name)].cost(precision)) for option, precision in named]
             faults += [f"--{option} {precision}: {cost.lacking}" for option, precision, cost in costs if cost.lacking]
     return faults

@@ -1,4 +1,7 @@
-"""The part of a node that computes: its device, its holder, and how blocks get into them.
+"""The part of a node that computes: its devices, each a lane with a holder of its own, and how blocks get into them.
+
+A span is divided into consecutive parts, one per lane, in proportion to their budgets. To other nodes each is a hop of
+its own, under a handle of its own, so a step goes from lane to lane as it goes from node to node.
 
 Importing this imports torch and transformers, which takes seconds; nodes that only seed or chat never do.
 """
@@ -15,86 +18,199 @@ from torrentlm.compute.costs import PrecisionCost
 from torrentlm.compute.device import Device
 from torrentlm.compute.measure import tried
 from torrentlm.config import NodeConfig
+from torrentlm.errors import ConfigError
 from torrentlm.holder.adapters import Adapters
-from torrentlm.holder.memory import Memory
 from torrentlm.holder.model import HeldModel
-from torrentlm.holder.service import Holder, Outbox
+from torrentlm.holder.service import Outbox
+from torrentlm.manifest.manifest import Manifest
+from torrentlm.node.lane import Lane, Share
 from torrentlm.node.membership import Membership
-from torrentlm.node.memory import weights_bytes, weights_share
+from torrentlm.node.memory import weights_bytes
 from torrentlm.node.parts import Say
-from torrentlm.node.recheck import recheck
-from torrentlm.records import NodeKey, Span, spans_of
+from torrentlm.records import MAX_LANES, NodeKey, Span, spans_of
+from torrentlm.route.assign import Files, divide, fits
+from torrentlm.wire.messages import Close, Encoded, Fail, Generate, Halt, Message, Open, Renew, Step
 
-MAX_DEVICE_NAME = 40
+MAX_PRECISION = 16
+"""Characters of a record's ``precision``."""
 
 
 @dataclass(eq=False)
 class Served:
-    """A model that this node serves blocks of; ``open`` once the first may be asked for."""
+    """A model that this node serves blocks of: ``shares`` of it, in the blocks' order, each on a lane."""
 
     membership: Membership
-    model: HeldModel
-    open: bool = False
-    rechecked: bool = False
+    span: Span
+    shares: tuple[Share, ...]
+
+    @property
+    def arrived(self) -> frozenset[int]:
+        """The blocks whose files were here when they were last looked for."""
+        return frozenset().union(*(share.model.arrived for share in self.shares))
+
+    @property
+    def offered(self) -> frozenset[int]:
+        """The blocks that can be asked for."""
+        return frozenset().union(*(share.model.arrived for share in self.shares if share.open))
 
 
 class Computing:
-    """One device and the holder that uses it. ``changed`` is called whenever a session opens or ends."""
+    """The devices and who uses them. ``changed`` is called whenever a session opens or ends."""
 
     def __init__(
         self,
         key: NodeKey,
         config: NodeConfig,
-        device: Device,
+        devices: Sequence[Device],
         outbox: Outbox,
         changed: Callable[[], None],
         adapters: Adapters,
         say: Say,
     ) -> None:
-        self.device = device
-        memory = Memory(weights_share(device.budget), free=device.free_memory)
-        self.holder = Holder(
-            key,
-            outbox,
-            self.device,
-            memory,
-            kv_budget=device.budget - memory.budget,
-            max_lease=config.lease,
-            adapters=adapters if config.adapters else None,
-            changed=changed,
+        self.lanes = tuple(
+            Lane(key, config, device, outbox, adapters, self._session_changed, self._tell_all)
+            for device in devices[:MAX_LANES]
         )
-        memory.changed = self._changed
         self._served: dict[bytes, Served] = {}
         self._config = config
+        self._changed = changed
         self._say = say
 
+    @property
+    def sessions(self) -> int:
+        """Sessions of all lanes; one whose route has several hops here counts for each."""
+        return sum(lane.holder.sessions for lane in self.lanes)
+
+    @property
+    def accelerates(self) -> bool:
+        """Whether any device is more than the processor."""
+        return any(lane.device.accelerates for lane in self.lanes)
+
+    @property
+    def weights_budget(self) -> int:
+        """Bytes for weights, on all devices together."""
+        return sum(lane.memory.budget for lane in self.lanes)
+
+    def holds(self, name: str) -> bool:
+        """Whether any device has the block file of this name in its memory."""
+        return any(name == key for lane in self.lanes for key, _ in lane.memory.keys)
+
+    def relieve(self) -> bool:
+        """Let go of everything that nobody uses, on every device; False if there was nothing."""
+        relieved = [lane.memory.relieve() for lane in self.lanes]
+        return any(relieved)
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; every session ends with it."""
+        async with trio.open_nursery() as nursery:
+            for lane in self.lanes:
+                await nursery.start(lane.holder.run)
+            task_status.started()
+
+    # -- messages
+
+    async def handle(self, sender: NodeKey, message: Message) -> None:
+        """Take one message of ``sender``, an authenticated peer or this node itself.
+
+        An Open goes to the lane that runs its blocks, what follows to the lane where that session is open; what may be
+        about sessions of several lanes to each.
+        """
+        match message:
+            case Renew() | Fail():
+                for lane in self.lanes:
+                    await lane.holder.handle(sender, message)
+            case Open() | Step() | Generate() | Encoded() | Halt() | Close():
+                await self._lane_for(message).holder.handle(sender, message)
+            case _:
+                pass
+
+    def _lane_for(self, message: Open | Step | Generate | Encoded | Halt | Close) -> Lane:
+        """The lane that answers, if only with a refusal: the one that knows the handle refuses to open it again."""
+        for lane in self.lanes:
+            if lane.holder.knows(message.session):
+                return lane
+        if isinstance(message, Open) and (served := self._served.get(message.model)):
+            shares = served.shares
+            return next((share for share in shares if message.first in share.model.span), shares[0]).lane
+        return self.lanes[0]
+
+    # -- blocks
+
     async def costs(self) -> Mapping[str, PrecisionCost]:
-        """Which precisions the device has, tried now; their rates are not measured."""
-        return await self.device.run(tried, self.device.torch_device)
+        """Which precisions all devices have, tried now; their rates are not measured."""
+        found: dict[str, PrecisionCost] = {}
+        for device in {lane.device.torch_device: lane.device for lane in self.lanes}.values():
+            for precision, cost in (await device.run(tried, device.torch_device)).items():
+                if cost.lacking or precision not in found:
+                    found[precision] = cost
+        return found
 
     async def open(self, membership: Membership, span: Span) -> Served:
         """Get ready to serve ``span``, none of whose blocks need be here yet.
 
         Raises ArtifactError, UnsupportedModelError, StorageError.
         """
+        manifest = membership.manifest
         how = membership.precisions
-        model = await trio.to_thread.run_sync(
-            HeldModel,
-            membership.id,
-            membership.manifest,
-            membership.folder,
-            membership.files.paths(span),
-            span,
-            how.compute,
-            self.device.torch_device,
-            self._config.allow_code,
-            weights_bytes(membership.manifest, how.compute, how.stored),
-            (),
-            how.stored,
-            self._config.data / "quantized",
-        )
-        served = self._served[membership.id] = Served(membership, model)
+        in_memory = weights_bytes(manifest, how.compute, how.stored)
+        shares: list[Share] = []
+        for lane, part in self._divided(span, _sizes(manifest, in_memory, span)):
+            model = await trio.to_thread.run_sync(
+                HeldModel,
+                membership.id,
+                manifest,
+                membership.folder,
+                membership.files.paths(part),
+                part,
+                how.compute,
+                lane.device.torch_device,
+                self._config.allow_code,
+                in_memory,
+                (),
+                how.stored,
+                self._config.data / "quantized",
+                shares[0].model if shares else None,
+            )
+            shares.append(Share(lane, model))
+        served = self._served[membership.id] = Served(membership, span, tuple(shares))
         return served
+
+    def fitting(self, membership: Membership, span: Span) -> Span:
+        """As much of ``span``, from its front, as the devices have room for in consecutive parts: what they could hold
+        together need not be divisible so.
+
+        A span that the operator names stays as it is. Raises ConfigError if it does not fit budgets that the operator
+        names, too.
+        """
+        config = self._config
+        how = membership.precisions
+        in_memory = weights_bytes(membership.manifest, how.compute, how.stored)
+        sizes = _sizes(membership.manifest, in_memory, span)
+        budgets = [lane.memory.budget for lane in self.lanes]
+        if config.blocks == "auto":
+            while len(sizes) > 1 and not fits(sizes, budgets):
+                sizes.pop()
+        elif (config.ram or config.vram) is not None and not fits(sizes, budgets):
+            devices = " and ".join(f"{lane.memory.budget / 1e6:,.1f} MB on {lane.device.label}" for lane in self.lanes)
+            name = "vram" if self.accelerates else "ram"
+            raise ConfigError(
+                f"--blocks {span} cannot be divided into consecutive parts that fit the memory for weights, {devices}:"
+                f" raise --{name} or name fewer blocks"
+            )
+        return Span(span.first, span.first + len(sizes) - 1)
+
+    def _divided(self, span: Span, sizes: Sequence[Files]) -> list[tuple[Lane, Span]]:
+        """Each lane's part of the span, of those that get one. The processor helps out only where accelerators that
+        the operator named beside it have too little memory."""
+        lanes: Sequence[Lane] = [lane for lane in self.lanes if lane.device.accelerates]
+        if not lanes or not fits(sizes, [lane.memory.budget for lane in lanes]):
+            lanes = self.lanes
+        parts = divide(sizes, [lane.memory.budget for lane in lanes])
+        return [
+            (lane, Span(span.first + part.start, span.first + part.stop - 1))
+            for lane, part in zip(lanes, parts, strict=True)
+            if part
+        ]
 
     async def add(self, served: Served, blocks: Sequence[int]) -> None:
         """Serve these blocks, whose files are here: in memory if there is room, from the disk when asked for if not.
@@ -102,38 +218,15 @@ class Computing:
         The first ones of a model are compared with what was recorded. Raises ArtifactError, UnsupportedModelError,
         StorageError, RefusedError.
         """
-        for block in blocks:
-            served.model.arrive(block)
-            await self.holder.memory.preload(served.model.units(Span(block, block)))
-        if self._config.recheck and not served.rechecked:
-            await self._recheck(served, blocks)
-        if not served.open:
-            served.open = True
-            self.holder.hold(served.model)
-        self._tell(served)
-
-    async def _recheck(self, served: Served, blocks: Sequence[int]) -> None:
-        """Only a layer's block makes another check superfluous."""
-        tried = served.model.worth_checking(blocks)
-        served.rechecked = served.membership.manifest.blocks[tried[0]].kind == "layers"
-        units = [unit for block in tried for unit in served.model.units(Span(block, block))]
-        if sum(unit.bytes for unit in units) > self.holder.memory.budget:
-            tried, units = tried[:1], served.model.units(Span(tried[0], tried[0]))
-        pin = await self.holder.memory.pin(units)
-        try:
-            await recheck(served.model, tried, served.membership.sidecars, self._say)
-        finally:
-            pin.release()
+        for share in served.shares:
+            if own := [block for block in blocks if block in share.model.span]:
+                await share.lane.add(share, own, served.membership.sidecars, self._say)
+                self._tell(served)
 
     async def settle(self, served: Served) -> None:
-        """All blocks are here: build what runs the whole span before somebody waits for it, if it is in memory."""
-        units = served.model.units(served.model.span)
-        if all(unit.key in self.holder.memory.keys for unit in units):
-            pin = await self.holder.memory.pin(units)
-            try:
-                await trio.to_thread.run_sync(served.model.warm_up)
-            finally:
-                pin.release()
+        """All blocks are here: build what runs them before somebody waits for it, where they are in memory."""
+        for share in served.shares:
+            await share.lane.settle(share)
         # What was loaded stays: the collector need not walk through it again and again between tokens.
         gc.collect()
         gc.freeze()
@@ -143,28 +236,45 @@ class Computing:
 
         Advice, as the sample is. Raises StorageError.
         """
-        model, sidecars = served.model, served.membership.sidecars
-        if model.precisions.compute != "F16" or model.manifest.dtype == "F16" or not self._config.recheck:
+        membership = served.membership
+        if membership.precisions.compute != "F16" or membership.manifest.dtype == "F16" or not self._config.recheck:
             return
-        if (found := await sidecars.find()) is None:
+        if (found := await membership.sidecars.find()) is None:
             return
-        if blocks := await trio.to_thread.run_sync(model.overflowing, found.sidecar):
+        blocks: list[int] = []
+        for share in served.shares:
+            blocks += await trio.to_thread.run_sync(share.model.overflowing, found.sidecar)
+        if blocks:
             listed = ", ".join(map(str, spans_of(blocks)))
             why = f"F16 may not hold what blocks {listed} compute; another --precision does"
-            self._say({"event": "precision", "precision": model.precision, "why": why})
+            self._say({"event": "precision", "precision": membership.precisions.said(served.span), "why": why})
 
-    def _changed(self) -> None:
+    # -- what peers are told
+
+    def _session_changed(self) -> None:
+        self._changed()
+        if len(self.lanes) > 1:  # each lane's sessions are in the record, too
+            self._tell_all()
+
+    def _tell_all(self) -> None:
         for served in self._served.values():
-            if served.open:
+            if any(share.open for share in served.shares):
                 self._tell(served)
 
     def _tell(self, served: Served) -> None:
-        resident = served.model.blocks_of(self.holder.memory.keys)
+        shares, offered = served.shares, served.offered
+        kept = dict.fromkeys(form for share in shares for form in share.model.precision.split("+"))
         served.membership.peers.publish(
-            resident=spans_of(resident),
-            offered=spans_of(served.model.arrived),
-            claimed=spans_of(set(served.model.span) - set(served.model.arrived)),
-            precision=served.model.precision,
-            device=self.device.name[:MAX_DEVICE_NAME],
+            resident=spans_of(block for share in shares for block in share.resident),
+            offered=spans_of(offered),
+            claimed=spans_of(set(served.span) - offered),
+            precision="+".join(kept)[:MAX_PRECISION],
+            device=shares[0].lane.device_name,
             adapters=self._config.adapters,
+            lanes=tuple(share.record() for share in shares) if len(shares) > 1 else (),
         )
+
+
+def _sizes(manifest: Manifest, in_memory: Mapping[str, int], span: Span) -> list[Files]:
+    """The bytes in memory of each block's files."""
+    return [{file.name: in_memory[file.name] for file in manifest.block_files(block)} for block in span]

@@ -57,14 +57,15 @@ def weights_bytes(
 def device_budgets(config: NodeConfig, devices: Sequence[DeviceInfo]) -> tuple[int, ...]:
     """What a node takes of each device's memory, in bytes: ``ram`` of the processor's, ``vram`` of each accelerator's.
 
-    Devices that share the processor's memory share what is free of it, too. Raises ConfigError where a configured
-    budget is more than the device has.
+    Devices that share the processor's memory share what is free of it, too, and parts of the processor share ``ram``.
+    Raises ConfigError where a configured budget is more than the device has.
     """
     sharing = sum(1 for device in devices if device.unified or not device.accelerates)
-    return tuple(_device_budget(config, device, sharing) for device in devices)
+    processors = sum(1 for device in devices if not device.accelerates)
+    return tuple(_device_budget(config, device, sharing, processors) for device in devices)
 
 
-def _device_budget(config: NodeConfig, device: DeviceInfo, sharing: int) -> int:
+def _device_budget(config: NodeConfig, device: DeviceInfo, sharing: int, processors: int) -> int:
     name, given = ("vram", config.vram) if device.accelerates else ("ram", config.ram)
     if given is None:
         own = device.accelerates and not device.unified
@@ -74,4 +75,4 @@ def _device_budget(config: NodeConfig, device: DeviceInfo, sharing: int) -> int:
             f"{device.name} has {device.memory_total / 1e6:,.1f} MB of memory, less than the {given / 1e6:,.1f} MB of"
             f" --{name}; lower --{name}, or leave it out for what is free."
         )
-    return given
+    return given if device.accelerates else given // processors

@@ -5,7 +5,7 @@
     pipe ──▶ Record, Peers ─────────────▶ Membership.peers
          ──▶ AskSidecar, SidecarBytes ──▶ Membership.sidecars
          ──▶ a handle a client listens to ─▶ that client's session
-         ──▶ everything else ────────────▶ Holder ──▶ next holder's pipe, or this node again
+         ──▶ everything else ────────────▶ Holder of the device ──▶ next holder's pipe, or this node again
 """
 
 from __future__ import annotations
@@ -93,14 +93,17 @@ class Node:
 
     async def hold(self, membership: Membership) -> None:
         """Hold the blocks that the settings ask for, and serve them; a mirror has every file then."""
-        weights = None
-        if may_accelerate():  # only torch knows; else fetching need not wait for its import
+        weights = computing = None
+        config = self.parts.config
+        if may_accelerate() or len(config.devices or ()) > 1:  # only torch knows; else fetching need not wait for it
             computing = await self._compute()
-            weights = computing.holder.memory.budget if computing.device.torch_device.type != "cpu" else None
+            weights = computing.weights_budget if computing.accelerates else None
         span = await membership.choose(weights, self._costs)
         if span is not None:
+            if computing is not None and len(computing.lanes) > 1:
+                span = computing.fitting(membership, span)
             await self._serve(membership, span)
-        if self.parts.config.mirror:
+        if config.mirror:
             await membership.mirror()
 
     async def _serve(self, membership: Membership, span: Span) -> None:
@@ -114,7 +117,7 @@ class Node:
         """Serve each block from when its files are here, while others still arrive."""
         computing = await self._compute()  # takes seconds, which fetching can use
         served = await computing.open(membership, span)
-        while waiting := [block for block in span if block not in served.model.arrived]:
+        while waiting := [block for block in span if block not in served.arrived]:
             changed = membership.files.changed
             if blocks := [block for block in waiting if block in membership.files.ready]:
                 if len(blocks) == len(waiting):  # until then it is fetching that takes the time
@@ -135,7 +138,7 @@ class Node:
             damaged = await files.hash(blocks)
             if not damaged:
                 raise
-            computing.holder.memory.relieve()
+            computing.relieve()
             await files.fetch(damaged)
             await computing.add(served, blocks)
 
@@ -181,8 +184,8 @@ class Node:
 
     async def _let_go(self, name: str) -> None:
         """Return when the file is not in memory, which takes the end of the sessions that use it."""
-        while self._computing is not None and name in {key for key, _ in self._computing.holder.memory.keys}:
-            if self.sessions or not self._computing.holder.memory.relieve():
+        while self._computing is not None and self._computing.holds(name):
+            if self.sessions or not self._computing.relieve():
                 await trio.sleep(SESSIONS_EVERY_S)
 
     async def _compute(self) -> Computing:
@@ -190,10 +193,10 @@ class Node:
         async with self._starting:
             if self._computing is None:
                 parts = self.parts
-                make, device = await trio.to_thread.run_sync(_import_computing, parts.config)
+                make, devices = await trio.to_thread.run_sync(_import_computing, parts.config)
                 changed, say = self._sessions_changed, parts.say
-                self._computing = make(self.key, parts.config, device, self, changed, self.adapters, say)
-                await self._nursery.start(self._computing.holder.run)
+                self._computing = make(self.key, parts.config, devices, self, changed, self.adapters, say)
+                await self._nursery.start(self._computing.run)
         return self._computing
 
     async def _costs(self) -> Mapping[str, Cost]:
@@ -208,7 +211,7 @@ class Node:
     @property
     def sessions(self) -> int:
         """Sessions that this node serves now."""
-        return 0 if self._computing is None else self._computing.holder.sessions
+        return 0 if self._computing is None else self._computing.sessions
 
     # -- Outbox and Links
 
@@ -297,7 +300,7 @@ class Node:
         if isinstance(message, Open):
             self.prefetcher.saw(message.model, Span(message.first, message.last), trio.current_time())
         if self._computing is not None:
-            await self._computing.holder.handle(sender, message)
+            await self._computing.handle(sender, message)
         elif isinstance(message, Open):
             refusal = Fail(message.session, message.epoch, "no_block", "this peer serves no blocks", message.first)
             await self.send(sender, refusal, message.session)
@@ -307,13 +310,13 @@ class Node:
             membership.peers.publish(sessions=self.sessions)
 
 
-def _import_computing(config: NodeConfig) -> tuple[type[Computing], Device]:
-    """The class, and the device to compute on: the first of those that are configured."""
+def _import_computing(config: NodeConfig) -> tuple[type[Computing], tuple[Device, ...]]:
+    """The class, and the devices to compute on."""
     with first_import():
         from torrentlm.node.computing import Computing
         from torrentlm.node.devices import open_devices
 
-        return Computing, open_devices(config)[0]
+        return Computing, open_devices(config)
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 if TYPE_CHECKING:
-    from torrentlm.node.computing import Computing
+    from torrentlm.node.lane import Lane
     from torrentlm.node.membership import Membership
     from torrentlm.node.node import Node
     from torrentlm.records import Span
@@ -65,7 +65,7 @@ def status_of(node: Node) -> dict[str, Any]:
         "at": time.time(),
         "endpoint": str(node.endpoint),
         "models": [_model(membership) for membership in node.memberships.values()],
-        "devices": [] if node.computing is None else [_device(node.computing)],
+        "devices": [] if node.computing is None else [_device(lane) for lane in node.computing.lanes],
         "prefetched": node.prefetcher.bytes,
         "sessions": node.sessions,
         "disk": {"used": node.parts.shelf.space.occupied(), "budget": config.disk},
@@ -76,12 +76,14 @@ def status_of(node: Node) -> dict[str, Any]:
     }
 
 
-def _device(computing: Computing) -> dict[str, Any]:
-    holder, memory = computing.holder, computing.holder.memory
+def _device(lane: Lane) -> dict[str, Any]:
+    holder, memory = lane.holder, lane.memory
     return {
-        "name": computing.device.name,
+        "device": lane.device.label,
+        "name": lane.device.name,
         "weights": {"budget": memory.allowed, "used": memory.used, "pinned": memory.pinned},
         "kv": {"budget": holder.kv_budget, "used": holder.kv_bytes},
+        "sessions": holder.sessions,
     }
 
 

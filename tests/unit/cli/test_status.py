@@ -56,6 +56,12 @@ def test_for_people(tmp_path: Path) -> None:
     assert "█████░░░" in shown
 
 
+def test_several_devices_are_told_apart(tmp_path: Path) -> None:
+    written(tmp_path, devices=[STATUS["devices"][0] | {"device": name} for name in ("cuda:0", "cuda:1")])
+    shown = CliRunner().invoke(command, ["--data", str(tmp_path)], catch_exceptions=False).output
+    assert "cuda:0: cpu (x, 2 threads)" in shown and "cuda:1: cpu (x, 2 threads)" in shown
+
+
 def test_for_programs(tmp_path: Path) -> None:
     status = written(tmp_path)
     shown = CliRunner().invoke(command, ["--data", str(tmp_path), "--json"], catch_exceptions=False).output

@@ -87,6 +87,16 @@ def test_a_machine_that_is_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert again["devices"][0]["measured"] == cpu["measured"], "it was remembered"
 
 
+def test_parts_of_the_processor_are_shown_with_its_measurement(tmp_path: Path) -> None:
+    found = examine(node(tmp_path / "data", devices=("cpu:0", "cpu:1"), ram=GIB))
+    parts = [device for device in found["devices"] if device["backend"] == "cpu"]
+    assert [(part["name"], part["used"], part["budget"]) for part in parts] == [
+        ("cpu:0", True, GIB // 2),
+        ("cpu:1", True, GIB // 2),
+    ]
+    assert parts[0]["measured"] == parts[1]["measured"] and parts[0]["measured"]["device"] == "cpu"
+
+
 def test_a_port_that_another_program_has(tmp_path: Path, taken: int) -> None:
     found = examine(node(tmp_path, port=taken, ram=GIB, devices=("cpu",)))
     assert not found["network"]["port_free"]

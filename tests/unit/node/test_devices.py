@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torrentlm.compute.devices import DeviceInfo
+from torrentlm.compute.devices import DeviceInfo, choose
 from torrentlm.config import NodeConfig
 from torrentlm.errors import ConfigError
 from torrentlm.node.devices import open_devices
@@ -23,6 +23,13 @@ def test_each_device_has_its_own_budget() -> None:
     free = device_budgets(NodeConfig(), (*GPUS, CPU))
     assert free == (int(20_000 * CARD_SHARE), int(4_000 * CARD_SHARE), int(5_000 * MACHINE_SHARE))
     assert device_budgets(NodeConfig(ram=1_000, vram=6_000), (CPU, *GPUS)) == (1_000, 6_000, 6_000)
+
+
+def test_parts_of_the_processor_share_its_memory() -> None:
+    parts = choose(("cpu:0", "cuda:1", "cpu:1"), (CPU, *GPUS))
+    assert [part.name for part in parts] == ["cpu:0", "cuda:1", "cpu:1"]
+    assert device_budgets(NodeConfig(ram=1_000, vram=2_000), parts) == (500, 2_000, 500)
+    assert device_budgets(NodeConfig(), parts) == (1_500, int(4_000 * CARD_SHARE), 1_500)
 
 
 def test_one_memory_is_not_given_twice() -> None:
@@ -46,6 +53,10 @@ def test_open_devices() -> None:
     [device] = open_devices(NodeConfig(devices=("cpu",), ram=1 << 20))
     assert (device.torch_device, device.budget) == (torch.device("cpu"), 1 << 20)
     device.check()
+    first, second = open_devices(NodeConfig(devices=("cpu:0", "cpu:1"), ram=1 << 20))
+    assert (first.label, second.label) == ("cpu:0", "cpu:1")
+    assert {first.torch_device, second.torch_device} == {torch.ones(1, device=second.torch_device).device}
+    assert first.budget == second.budget == 1 << 19
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"no device cuda:0 here; --devices can be auto, or name cpu"):
             open_devices(NodeConfig(devices=("cuda:0",)))
