@@ -16,7 +16,7 @@ from tests.e2e import checkpoint
 from tests.swarm.nodes import in_trio
 from torrentlm.client.generation import Options
 from torrentlm.config import Blocks, NodeConfig, Recipe, Settings
-from torrentlm.errors import ConfigError
+from torrentlm.errors import ConfigError, RefusedError
 from torrentlm.holder.execution import Execution, Result
 from torrentlm.node.client import SwarmClient, open_client
 from torrentlm.node.computing import Computing
@@ -47,6 +47,7 @@ class Scene:
     saved: Path
     published: Published
     holder: Node
+    said: list[dict[str, Any]]
 
     @property
     def computing(self) -> Computing:
@@ -75,9 +76,35 @@ async def two_devices(folder: Path, blocks: Blocks = ALL, **more: Any) -> AsyncI
     async with open_node(config(folder / "publisher")) as publisher:
         await publisher.join(published.magnet, timeout=30)
         given = config(folder / "holder", publisher.endpoint, blocks=blocks, devices=TWO, **more)
-        async with open_node(given) as holder:
+        said: list[dict[str, Any]] = []
+        async with open_node(given, said.append) as holder:
             await holder.hold(await holder.join(published.magnet, timeout=30))
-            yield Scene(folder, saved, published, holder)
+            yield Scene(folder, saved, published, holder, said)
+
+
+class Line:
+    """A bare client: one handle on the holder, and what it answers."""
+
+    def __init__(self, scene: Scene, client: SwarmClient) -> None:
+        self._model, self._links = scene.published.model.v2, client.node
+        place = scene.holder.endpoint
+        self.hop = NextHop(scene.holder.key, place.host, place.port, SessionId(b"h" * 16))
+        inbox, self.answers = trio.open_memory_channel[Message](8)
+        self._links.listen(self.hop.session, self.hop.node, inbox)
+
+    async def tell(self, message: Message) -> None:
+        await self._links.connect(self.hop)
+        await self._links.send(self.hop.node, message, self.hop.session)
+
+    async def open(self, span: Span) -> Message:
+        prev = (self._links.key,)
+        await self.tell(Open(self.hop.session, 0, self._model, span.first, span.last, prev, None, 1, 16, 30_000))
+        return await self.answers.receive()
+
+
+def refusal(message: Message) -> tuple[str, str]:
+    assert isinstance(message, Fail)
+    return message.code, message.message
 
 
 def known_lanes(client: SwarmClient, holder: Node) -> tuple[Lane, ...]:
@@ -169,34 +196,57 @@ async def test_sessions_on_two_devices_run_at_the_same_time(tmp_path: Path, monk
 async def test_a_handle_is_open_on_one_device_only_and_a_hop_is_within_one(tmp_path: Path) -> None:
     async with two_devices(tmp_path) as scene, scene.client() as client:
         first, second = scene.spans
-        place, links = scene.holder.endpoint, client.node
-        hop = NextHop(scene.holder.key, place.host, place.port, SessionId(b"h" * 16))
-        inbox, answers = trio.open_memory_channel[Message](8)
-        links.listen(hop.session, hop.node, inbox)
-        await links.connect(hop)
-
-        async def ask(span: Span) -> Message:
-            model, prev = scene.published.model.v2, (links.key,)
-            asked = Open(hop.session, 0, model, span.first, span.last, prev, None, 1, 16, 30_000)
-            await links.send(hop.node, asked, hop.session)
-            return await answers.receive()
-
-        across = await ask(ALL)
-        assert isinstance(across, Fail)
-        assert (across.code, across.message) == (
-            "no_block",
-            f"this holder has blocks {first} of that model, not {ALL}",
-        )
-        assert isinstance(await ask(second), Opened)
+        line = Line(scene, client)
+        across = f"this holder has blocks {first} of that model, not {ALL}"
+        assert refusal(await line.open(ALL)) == ("no_block", across)
+        assert isinstance(await line.open(second), Opened)
         for span in (first, second):
-            again = await ask(span)
-            assert isinstance(again, Fail)
-            assert (again.code, again.message) == ("bad_request", "this session is open already")
+            assert refusal(await line.open(span)) == ("bad_request", "this session is open already")
         assert [lane.holder.sessions for lane in scene.computing.lanes] == [0, 1]
         while [lane.sessions for lane in known_lanes(client, scene.holder)] != [0, 1]:
             await trio.sleep(0.02)
-        await links.send(hop.node, Close(hop.session), hop.session)
+        await line.tell(Close(line.hop.session))
         while scene.computing.sessions:
             await trio.sleep(0.02)
-        assert isinstance(await ask(first), Opened)
+        assert isinstance(await line.open(first), Opened)
         assert [lane.holder.sessions for lane in scene.computing.lanes] == [1, 0]
+
+
+@in_trio(120)
+async def test_a_device_that_vanishes_takes_its_own_blocks_and_sessions_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Execution.run
+
+    def lost() -> None:
+        raise ConfigError("The device cpu:1 is not usable any more.")
+
+    async with two_devices(tmp_path) as scene, scene.client() as client:
+        first, second = scene.spans
+
+        def broken(self: Execution, step: Step) -> Result:
+            if self.span == second:
+                raise RuntimeError("CUDA error: device-side assert triggered")
+            return run(self, step)
+
+        line = Line(scene, client)
+        assert isinstance(await line.open(first), Opened)
+        monkeypatch.setattr(Execution, "run", broken)
+        with pytest.raises(RefusedError, match="its log says why"):  # a bug, as long as the device is there
+            await client.model.generate(PROMPT, Options(max_new_tokens=2))
+        peers = scene.holder.memberships[scene.published.model.v2].peers
+        assert peers.record.resident == (ALL,)
+
+        monkeypatch.setattr(scene.computing.lanes[1].device, "check", lost)
+        with pytest.raises(RefusedError):
+            await client.model.generate(PROMPT, Options(max_new_tokens=2))
+        while peers.record.offered != (first,):
+            await trio.sleep(0.02)
+        assert (peers.record.resident, peers.record.claimed) == ((first,), ())
+        why = "The device cpu:1 is not usable any more."
+        assert {"event": "device", "device": "cpu:1", "why": why} in scene.said
+        assert [device["lost"] for device in status_of(scene.holder)["devices"]] == ["", why]
+        assert scene.computing.lanes[0].holder.sessions == 1  # the one that uses the other device
+        await line.tell(Close(line.hop.session))
+        assert refusal(await line.open(second)) == ("no_block", why)
+        assert isinstance(await line.open(first), Opened)

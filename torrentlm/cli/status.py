@@ -60,6 +60,9 @@ def _shown(status: dict[str, Any]) -> RenderableType:
     for device in status["devices"]:
         several = len(status["devices"]) > 1
         memory.add_row(f"{device['device']}: {device['name']}" if several else device["name"])
+        if device.get("lost"):
+            memory.add_row(f"  {device['lost']}")
+            continue
         for what in ("weights", "kv"):
             label = {"weights": "weights", "kv": "KV-caches"}[what]
             memory.add_row(f"  {label}", *_share(device[what]["used"], device[what]["budget"]))

@@ -51,7 +51,7 @@ class SwarmView:
             self.left = event.get("left_s")
         elif kind == "published":
             self.proof = text.proof(event["proof"]) if event.get("proof") else ""
-        elif kind == "rechecked":
+        elif kind in ("rechecked", "device"):
             self.warning = str(event.get("why", ""))
         elif kind == "ready":
             self.ready, self.what = True, ""
@@ -79,7 +79,7 @@ class SwarmView:
             case "precision" if event.get("why"):
                 why = str(event["why"])
                 return f"{why[0].upper()}{why[1:]}"
-            case "rechecked" if self.warning:
+            case "rechecked" | "device" if self.warning:
                 return f"Warning: {self.warning}"
             case "adapter":
                 return f"Published the adapter {event.get('name')}: {event.get('magnet')}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar, TypeVarTuple
 
 import torch
@@ -16,10 +16,14 @@ from torrentlm.errors import ConfigError, OutOfMemoryError
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 
+LOST = (RuntimeError, AssertionError)
+"""What torch raises for a device that is not there."""
+
 
 class Device:
     """One device, one forward at a time, each in a worker thread. ``torch_device`` is where its tensors live, ``label``
-    what the operator calls it. ``cpu:0``, ``cpu:1`` … are parts of the processor, as if each were a device.
+    what the operator calls it, ``name`` what peers are told: its kind and its maker's name for it. ``cpu:0``, ``cpu:1``
+    … are parts of the processor, as if each were a device.
 
     ``threads`` limits the cores that one forward uses on a CPU. ``budget`` is how many bytes of its memory weights and
     KV-caches may take together; nothing here enforces it. Raises ConfigError for a device that is not there.
@@ -37,6 +41,7 @@ class Device:
         self.check()
         if threads is not None and self.torch_device.type == "cpu":
             torch.set_num_threads(threads)
+        self.name = self._name()  # a device that is lost cannot be asked any more
         self._limiter = trio.CapacityLimiter(1)
 
     @property
@@ -47,15 +52,16 @@ class Device:
         """Raise ConfigError if the device is not there, or not any more: a driver may lose one while it runs."""
         try:
             torch.ones(1, device=self.torch_device).sum().item()
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(
-                f"The device {self.torch_device} is not usable here, or not any more; torrentlm doctor says what is,"
-                " and --devices chooses."
-            ) from error
+        except LOST as error:
+            raise self._gone() from error
 
-    @property
-    def name(self) -> str:
-        """What peers are told: the device's kind and its maker's name for it."""
+    def _gone(self) -> ConfigError:
+        return ConfigError(
+            f"The device {self.torch_device} is not usable here, or not any more; torrentlm doctor says what is, and"
+            " --devices chooses."
+        )
+
+    def _name(self) -> str:
         if self.torch_device.type == "cpu":
             return f"cpu ({processor_name()}, {torch.get_num_threads()} threads)"
         if self.torch_device.type == "cuda":
@@ -64,19 +70,24 @@ class Device:
         return self.torch_device.type
 
     def free_memory(self) -> int:
-        """Bytes that the device could still give, to us or to other programs."""
+        """Bytes that the device could still give, to us or to other programs. Raises ConfigError as ``check``."""
         if self.torch_device.type != "cuda":
             return available_memory()
-        free, _ = torch.cuda.mem_get_info(self.torch_device)
-        kept = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        try:
+            free, _ = torch.cuda.mem_get_info(self.torch_device)
+            kept = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        except LOST as error:
+            raise self._gone() from error
         return int(free + kept)
 
     def give_back(self) -> None:
-        """What torch keeps for later goes back to the driver, for other programs or for larger pieces of ours."""
-        if self.torch_device.type == "cuda":
-            torch.cuda.empty_cache()
-        elif self.torch_device.type == "mps":
-            torch.mps.empty_cache()
+        """What torch keeps for later goes back to the driver, for other programs or for larger pieces of ours; nothing
+        from a device that is lost."""
+        with suppress(*LOST):
+            if self.torch_device.type == "cuda":
+                torch.cuda.empty_cache()
+            elif self.torch_device.type == "mps":
+                torch.mps.empty_cache()
 
     async def run(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Call ``function(*arguments)`` in a worker thread when it is its turn.

@@ -86,7 +86,9 @@ class Holder:
     """Owns every session on one device of this node. ``memory`` holds the weights; ``kv_budget`` in bytes bounds the
     KV-caches of all sessions together.
 
-    A session whose client does not renew it for ``max_lease`` seconds, or for the shorter time it asked for, is freed.
+    ``changed`` is called when a session opens or ends, ``faulty`` when something failed that the device may be to blame
+    for. A session whose client does not renew it for ``max_lease`` seconds, or for the shorter time it asked for, is
+    freed.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Holder:
         max_lease: float = 600.0,
         adapters: Adapters | None = None,
         changed: Callable[[], None] = lambda: None,
+        faulty: Callable[[], None] = lambda: None,
     ) -> None:
         self._node = node
         self._outbox = outbox
@@ -110,6 +113,8 @@ class Holder:
         self._max_lease = max_lease
         self._adapters = adapters or NoAdapters()
         self._changed = changed
+        self._faulty = faulty
+        self._gone = ""
         self._models: dict[bytes, HeldModel] = {}
         self._live: dict[SessionId, _Live] = {}
         self._opening: set[SessionId] = set()
@@ -130,6 +135,12 @@ class Holder:
     def hold(self, model: HeldModel) -> None:
         """Serve this model's blocks from now on."""
         self._models[model.id] = model
+
+    async def give_up(self, why: str) -> None:
+        """The device is lost: end every session, and refuse those to come, with this sentence."""
+        self._gone = why
+        for live in list(self._live.values()):
+            await self._fail(live, live.session.epoch, "internal", why)
 
     def _let_go(self, keys: Collection[UnitKey]) -> None:
         for model in self._models.values():
@@ -214,7 +225,7 @@ class Holder:
             live = await self._admit_session(sender, message)
         except Exception as error:
             # What a peer asks for may fail in ways that only the model's own code knows.
-            fail = failure(message.session, message.epoch, *explain(error), message.first)
+            fail = failure(message.session, message.epoch, *self._explain(error), message.first)
             await self._tell(sender, fail, message.session)
             return
         finally:
@@ -229,6 +240,8 @@ class Holder:
 
     async def _admit_session(self, client: NodeKey, message: Open) -> _Live | None:
         """The session, with its room; None if the client closed it before it was open."""
+        if self._gone:
+            raise RefusedError(self._gone, "no_block")
         model = self._models.get(message.model)
         if model is None:
             raise RefusedError("this peer holds no block of that model", "wrong_model")
@@ -350,8 +363,14 @@ class Holder:
                 await self._deliver(live, step, result)
         except Exception as error:
             # The one place where a bug in a model's forward must not take the other sessions with it.
-            return explain(error)
+            return self._explain(error)
         return None
+
+    def _explain(self, error: Exception) -> tuple[str, str]:
+        code, sentence = explain(error)
+        if code == "internal":
+            self._faulty()
+        return code, sentence
 
     async def _await_all(self, live: _Live, step: Step) -> None:
         """Wait for what the client sends beside the steps and may have been overtaken by one."""

@@ -48,11 +48,6 @@ class Served:
         """The blocks whose files were here when they were last looked for."""
         return frozenset().union(*(share.model.arrived for share in self.shares))
 
-    @property
-    def offered(self) -> frozenset[int]:
-        """The blocks that can be asked for."""
-        return frozenset().union(*(share.model.arrived for share in self.shares if share.open))
-
 
 class Computing:
     """The devices and who uses them. ``changed`` is called whenever a session opens or ends."""
@@ -68,7 +63,7 @@ class Computing:
         say: Say,
     ) -> None:
         self.lanes = tuple(
-            Lane(key, config, device, outbox, adapters, self._session_changed, self._tell_all)
+            Lane(key, config, device, outbox, adapters, self._session_changed, self._tell_all, say)
             for device in devices[:MAX_LANES]
         )
         self._served: dict[bytes, Served] = {}
@@ -104,7 +99,7 @@ class Computing:
         """Serve until cancelled; every session ends with it."""
         async with trio.open_nursery() as nursery:
             for lane in self.lanes:
-                await nursery.start(lane.holder.run)
+                await nursery.start(lane.run)
             task_status.started()
 
     # -- messages
@@ -220,7 +215,7 @@ class Computing:
         """
         for share in served.shares:
             if own := [block for block in blocks if block in share.model.span]:
-                await share.lane.add(share, own, served.membership.sidecars, self._say)
+                await share.lane.add(share, own, served.membership.sidecars)
                 self._tell(served)
 
     async def settle(self, served: Served) -> None:
@@ -258,16 +253,16 @@ class Computing:
 
     def _tell_all(self) -> None:
         for served in self._served.values():
-            if any(share.open for share in served.shares):
+            if any(share.open for share in served.shares):  # before, there is nothing to tell
                 self._tell(served)
 
     def _tell(self, served: Served) -> None:
-        shares, offered = served.shares, served.offered
+        shares = served.shares
         kept = dict.fromkeys(form for share in shares for form in share.model.precision.split("+"))
         served.membership.peers.publish(
             resident=spans_of(block for share in shares for block in share.resident),
-            offered=spans_of(offered),
-            claimed=spans_of(set(served.span) - offered),
+            offered=spans_of(block for share in shares for block in share.offered),
+            claimed=spans_of(block for share in shares for block in share.claimed),
             precision="+".join(kept)[:MAX_PRECISION],
             device=shares[0].lane.device_name,
             adapters=self._config.adapters,

@@ -84,6 +84,7 @@ def _device(lane: Lane) -> dict[str, Any]:
         "weights": {"budget": memory.allowed, "used": memory.used, "pinned": memory.pinned},
         "kv": {"budget": holder.kv_budget, "used": holder.kv_bytes},
         "sessions": holder.sessions,
+        "lost": lane.lost,
     }
 
 

@@ -112,3 +112,19 @@ def test_compute_threads_have_a_core_each_and_other_threads_all() -> None:
     siblings = len(cpus) // cores
     expected = f"{len(cpus)} {cores} {[siblings] * cores if tied else []} {len(cpus) if tied else 0}"
     assert in_a_fresh_process(code) == expected
+
+
+def test_a_device_that_is_lost_says_so_and_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a driver that lost one: whatever is asked of it fails."""
+    device, name = Device(), Device().name
+    device.torch_device = torch.device("cuda:0")
+
+    def lost(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    for asked in ("mem_get_info", "empty_cache", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, asked, lost)
+    with pytest.raises(ConfigError, match="cuda:0 is not usable here, or not any more"):
+        device.free_memory()
+    device.give_back()
+    assert device.name == name
