@@ -101,7 +101,7 @@ class Lane:
 
 
 MAX_LANES = 32
-"""Devices that one node computes a model on."""
+"""Devices that one node computes on; it leaves more of them alone."""
 
 
 @dataclass(frozen=True, slots=True)

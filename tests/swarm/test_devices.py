@@ -15,6 +15,7 @@ import trio
 from tests.e2e import checkpoint
 from tests.swarm.nodes import in_trio
 from torrentlm.client.generation import Options
+from torrentlm.client.session import RemoteSession, open_session
 from torrentlm.config import Blocks, NodeConfig, Recipe, Settings
 from torrentlm.errors import ConfigError, RefusedError
 from torrentlm.holder.execution import Execution, Result
@@ -26,6 +27,8 @@ from torrentlm.node.status import status_of
 from torrentlm.publish.publish import publish
 from torrentlm.publish.published import Published
 from torrentlm.records import Lane, SessionId, Span
+from torrentlm.route.plan import Missing, plan_route
+from torrentlm.structured import single_error
 from torrentlm.swarm.store import Store
 from torrentlm.wire.messages import Close, Fail, Message, NextHop, Open, Opened, Step
 
@@ -210,6 +213,44 @@ async def test_a_handle_is_open_on_one_device_only_and_a_hop_is_within_one(tmp_p
             await trio.sleep(0.02)
         assert isinstance(await line.open(first), Opened)
         assert [lane.holder.sessions for lane in scene.computing.lanes] == [1, 0]
+
+
+@asynccontextmanager
+async def stepping(scene: Scene, client: SwarmClient) -> AsyncIterator[RemoteSession]:
+    """A session through both devices."""
+    route = plan_route(client.membership.snapshot(), ALL)
+    assert not isinstance(route, Missing)
+    model, labels = scene.published.model.v2, [str(hop.span) for hop in route]
+    with single_error():
+        async with trio.open_nursery() as nursery:
+            options = {"max_length": 64, "vocabulary": 256}
+            session = await open_session(client.node, nursery, model, route, labels, **options)
+            try:
+                yield session
+            finally:
+                await session.close()
+                nursery.cancel_scope.cancel()
+
+
+@in_trio(120)
+async def test_every_device_hears_that_a_session_is_alive(tmp_path: Path) -> None:
+    async with two_devices(tmp_path, lease=1.0) as scene, scene.client() as client, stepping(scene, client) as session:
+        sessions = [live.session for lane in scene.computing.lanes for live in lane.holder._live.values()]
+        opened = [one.expires for one in sessions]
+        assert len(opened) == 2
+        while any(now.expires < then + 1 for now, then in zip(sessions, opened, strict=True)):
+            await trio.sleep(0.02)
+        assert (await session.step([[1, 2, 3]])).shape == (1, 3, 256)
+
+
+@in_trio(120)
+async def test_what_fails_on_the_next_device_reaches_the_client(tmp_path: Path) -> None:
+    async with two_devices(tmp_path) as scene, scene.client() as client, stepping(scene, client) as session:
+        holder = scene.computing.lanes[1].holder
+        for live in list(holder._live.values()):
+            holder._end(live)
+        with pytest.raises(RefusedError, match=f"{scene.spans[0]}: this session is not open here"):
+            await session.step([[1, 2, 3]])
 
 
 @in_trio(120)

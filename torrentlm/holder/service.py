@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
@@ -18,6 +17,7 @@ from torrentlm.errors import NetworkError, RefusedError, RemoteProtocolError
 from torrentlm.holder.adapters import Adapters, Borrowed, NoAdapters
 from torrentlm.holder.execution import Execution, Result
 from torrentlm.holder.failures import explain, failure
+from torrentlm.holder.live import Live
 from torrentlm.holder.memory import Memory, Pin, UnitKey
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.session import Session
@@ -62,26 +62,6 @@ class Outbox(Protocol):
         """Send on the session's stream. Raises NetworkError when the node cannot be reached."""
 
 
-@dataclass(slots=True)
-class _Live:
-    """A session with what it needs to run."""
-
-    session: Session
-    execution: Execution
-    kv_bytes: int
-    queue: trio.MemorySendChannel[Step]
-    pin: Pin
-    borrowed: Borrowed | None = None
-    queued_bytes: int = 0
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    changed: trio.Event = field(default_factory=trio.Event)
-
-    def wake(self) -> None:
-        """An order or a halt came: whoever waits for either looks again."""
-        self.changed.set()
-        self.changed = trio.Event()
-
-
 class Holder:
     """Owns every session on one device of this node. ``memory`` holds the weights; ``kv_budget`` in bytes bounds the
     KV-caches of all sessions together.
@@ -116,7 +96,7 @@ class Holder:
         self._faulty = faulty
         self._gone = ""
         self._models: dict[bytes, HeldModel] = {}
-        self._live: dict[SessionId, _Live] = {}
+        self._live: dict[SessionId, Live] = {}
         self._opening: set[SessionId] = set()
         self._nursery: trio.Nursery | None = None
 
@@ -193,14 +173,14 @@ class Holder:
             case _:
                 pass
 
-    async def _order(self, live: _Live, order: Generate) -> None:
+    async def _order(self, live: Live, order: Generate) -> None:
         try:
             live.execution.order(order)
         except RefusedError as error:
             await self._fail(live, order.epoch, *explain(error))
         live.wake()
 
-    async def _encoded(self, live: _Live, message: Encoded) -> None:
+    async def _encoded(self, live: Live, message: Encoded) -> None:
         try:
             live.execution.encoded(message)
         except (RefusedError, RemoteProtocolError) as error:
@@ -214,7 +194,7 @@ class Holder:
             if hop is not None and (hop.node, hop.session) == (sender, message.session):
                 await self._fail(live, message.epoch, message.code, message.message, end=False)
 
-    def _of_client(self, sender: NodeKey, session: SessionId) -> _Live | None:
+    def _of_client(self, sender: NodeKey, session: SessionId) -> Live | None:
         live = self._live.get(session)
         return live if live is not None and live.session.client == sender else None
 
@@ -238,7 +218,7 @@ class Holder:
         opened = Opened(message.session, message.epoch, live.kv_bytes, int(live.session.lease_s * 1000))
         await self._tell(sender, opened, message.session)
 
-    async def _admit_session(self, client: NodeKey, message: Open) -> _Live | None:
+    async def _admit_session(self, client: NodeKey, message: Open) -> Live | None:
         """The session, with its room; None if the client closed it before it was open."""
         if self._gone:
             raise RefusedError(self._gone, "no_block")
@@ -263,7 +243,7 @@ class Holder:
 
     async def _admit(
         self, client: NodeKey, message: Open, model: HeldModel, pin: Pin, borrowed: Borrowed | None
-    ) -> _Live | None:
+    ) -> Live | None:
         execution = await trio.to_thread.run_sync(Execution, model, message, borrowed, self._relieve)
         if message.session not in self._opening:
             return None
@@ -293,7 +273,7 @@ class Holder:
             epoch=message.epoch,
         )
         queue, steps = trio.open_memory_channel[Step](MAX_QUEUED_STEPS)
-        live = _Live(session, execution, execution.kv_bytes, queue, pin, borrowed)
+        live = Live(session, execution, execution.kv_bytes, queue, pin, borrowed)
         self._live[session.id] = live
         self._nursery.start_soon(self._serve, live, steps)
         self._changed()
@@ -340,7 +320,7 @@ class Holder:
         if hop is not None and not live.execution.is_head:
             await self._tell(hop.node, Halt(hop.session, message.epoch), hop.session)
 
-    async def _serve(self, live: _Live, steps: trio.MemoryReceiveChannel[Step]) -> None:
+    async def _serve(self, live: Live, steps: trio.MemoryReceiveChannel[Step]) -> None:
         try:
             with live.scope:
                 async for step in steps:
@@ -354,7 +334,7 @@ class Holder:
             steps.close()
             self._end(live)
 
-    async def _advance(self, live: _Live, step: Step) -> tuple[str, str] | None:
+    async def _advance(self, live: Live, step: Step) -> tuple[str, str] | None:
         """Run one step and send on what it gave; a failure's code and sentence if that cannot be."""
         try:
             await self._await_all(live, step)
@@ -372,7 +352,7 @@ class Holder:
             self._faulty()
         return code, sentence
 
-    async def _await_all(self, live: _Live, step: Step) -> None:
+    async def _await_all(self, live: Live, step: Step) -> None:
         """Wait for what the client sends beside the steps and may have been overtaken by one."""
 
         def lacking() -> str:
@@ -384,7 +364,7 @@ class Holder:
         if what := lacking():
             raise RefusedError(f"this holder was never told {what}", "bad_request")
 
-    async def _deliver(self, live: _Live, step: Step, result: Result) -> None:
+    async def _deliver(self, live: Live, step: Step, result: Result) -> None:
         session, hop = live.session, live.session.next
         after = step.position + step.tokens
         if result.emission is not None:
@@ -418,7 +398,7 @@ class Holder:
                 session.client, Output(session.id, step.epoch, step.position, result.output), session.id
             )
 
-    async def _fail(self, live: _Live, epoch: int, code: str, message: str, *, end: bool = True) -> None:
+    async def _fail(self, live: Live, epoch: int, code: str, message: str, *, end: bool = True) -> None:
         session = live.session
         await self._tell(session.client, failure(session.id, epoch, code, message, session.span.first), session.id)
         if end:
@@ -432,7 +412,7 @@ class Holder:
             except NetworkError as error:
                 log.debug("%s", error)
 
-    def _end(self, live: _Live) -> None:
+    def _end(self, live: Live) -> None:
         if self._live.pop(live.session.id, None) is not None:
             live.scope.cancel()
             live.queue.close()
