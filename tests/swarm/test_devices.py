@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from tests.e2e import checkpoint
 from tests.swarm.nodes import in_trio
 from torrentlm.client.generation import Options
 from torrentlm.client.session import RemoteSession, open_session
+from torrentlm.compute.device import Device
 from torrentlm.config import Blocks, NodeConfig, Recipe, Settings
 from torrentlm.errors import ConfigError, RefusedError
 from torrentlm.holder.execution import Execution, Result
@@ -72,15 +73,19 @@ class Scene:
 
 
 @asynccontextmanager
-async def two_devices(folder: Path, blocks: Blocks = ALL, **more: Any) -> AsyncIterator[Scene]:
+async def two_devices(
+    folder: Path, blocks: Blocks = ALL, prepare: Callable[[Computing], None] = lambda computing: None, **more: Any
+) -> AsyncIterator[Scene]:
+    """``prepare`` has the devices before there are blocks on them."""
     saved = checkpoint.make(folder / "base", LAYERS)
     with Store(folder / "publisher") as store:
         published = publish(Recipe("base", saved), store)
     async with open_node(config(folder / "publisher")) as publisher:
         await publisher.join(published.magnet, timeout=30)
-        given = config(folder / "holder", publisher.endpoint, blocks=blocks, devices=TWO, **more)
+        given = config(folder / "holder", publisher.endpoint, blocks=blocks, **{"devices": TWO, **more})
         said: list[dict[str, Any]] = []
         async with open_node(given, said.append) as holder:
+            prepare(await holder._compute())
             await holder.hold(await holder.join(published.magnet, timeout=30))
             yield Scene(folder, saved, published, holder, said)
 
@@ -162,6 +167,29 @@ async def test_an_automatic_span_is_what_the_devices_have_room_for_one_by_one(tm
     with pytest.raises(ConfigError, match=r"--blocks 0-5 cannot be divided .* on cpu:0 and .* on cpu:1: raise --ram"):
         async with two_devices(tmp_path / "named", Span(0, 5), ram=ram):
             pass
+
+
+@in_trio(120)
+async def test_a_processor_beside_an_accelerator_gets_what_that_has_no_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Device, "accelerates", property(lambda device: device.label == "cpu:1"))
+    async with two_devices(tmp_path / "plenty") as scene:
+        assert [len(lane.memory.keys) > 0 for lane in scene.computing.lanes] == [False, True]
+        peers = scene.holder.memberships[scene.published.model.v2].peers
+        assert (peers.record.resident, peers.record.lanes) == ((ALL,), ())
+
+    sizes = weights_bytes(scene.published.manifest, "F32")
+    due = [file.name for file in scene.published.manifest.span_files(4, ALL.last)]
+
+    def shrink(computing: Computing) -> None:
+        computing.lanes[1].memory.budget = sum(sizes[name] for name in due)
+
+    async with two_devices(tmp_path / "little", prepare=shrink) as scene, scene.client() as client:
+        assert scene.spans == [Span(0, 3), Span(4, ALL.last)]
+        result = await client.model.generate(PROMPT, Options(max_new_tokens=8))
+        assert len(result.route) == 2
+        assert list(result.tokens) == await scene.greedy(8)
 
 
 @in_trio(120)

@@ -197,10 +197,9 @@ class Computing:
     def _divided(self, span: Span, sizes: Sequence[Files]) -> list[tuple[Lane, Span]]:
         """Each lane's part of the span, of those that get one. The processor helps out only where accelerators that
         the operator named beside it have too little memory."""
-        lanes: Sequence[Lane] = [lane for lane in self.lanes if lane.device.accelerates]
-        if not lanes or not fits(sizes, [lane.memory.budget for lane in lanes]):
-            lanes = self.lanes
-        parts = divide(sizes, [lane.memory.budget for lane in lanes])
+        lanes = self.lanes
+        helping = [at for at, lane in enumerate(lanes) if self.accelerates and not lane.device.accelerates]
+        parts = divide(sizes, [lane.memory.budget for lane in lanes], helping)
         return [
             (lane, Span(span.first + part.start, span.first + part.stop - 1))
             for lane, part in zip(lanes, parts, strict=True)

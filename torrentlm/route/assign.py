@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torrentlm.records import Span
 from torrentlm.route.registry import Snapshot
@@ -78,22 +78,30 @@ def choose_span(
     return choice
 
 
-def divide(sizes: Sequence[Files], budgets: Sequence[int]) -> tuple[range, ...]:
+def divide(sizes: Sequence[Files], budgets: Sequence[int], helping: Collection[int] = ()) -> tuple[range, ...]:
     """Consecutive blocks over the devices of one node: which of ``sizes`` each of ``budgets`` gets, in both orders.
 
     The division whose fullest device, in parts of its budget, is the least full. Of those, the one that fills the
     devices from the front, so that a route crosses as few of them as may be; the last may get nothing. A file counts
-    once on each device that needs it.
+    once on each device that needs it. ``helping`` are the places of devices that get only what the others have no room
+    for, since they are so much slower.
     """
-    full = 1.0
-    while (chosen := _filled(sizes, budgets, full)) is None:
-        full *= 2
-        if full > 2.0**64:  # no budget at all, so that no division is better than another
+    alone = [0 if at in helping else budget for at, budget in enumerate(budgets)]
+    if helping and fits(sizes, alone):
+        budgets, helping = alone, ()
+
+    def filled(full: float) -> tuple[range, ...] | None:
+        parts = (full if at in helping or not helping else max(1.0, full) for at in range(len(budgets)))
+        return _filled(sizes, [part * budget for part, budget in zip(parts, budgets, strict=True)])
+
+    low, full = 0.0, 1.0
+    while (chosen := filled(full)) is None:
+        low, full = full, 2 * full
+        if full > _ENDLESS:  # no budget at all, so that no division is better than another
             return (range(len(sizes)), *(range(len(sizes), len(sizes)) for _ in budgets[1:]))
-    low = 0.0
     for _ in range(_HALVINGS):
         middle = (low + full) / 2
-        found = _filled(sizes, budgets, middle)
+        found = filled(middle)
         if found is None:
             low = middle
         else:
@@ -102,22 +110,23 @@ def divide(sizes: Sequence[Files], budgets: Sequence[int]) -> tuple[range, ...]:
 
 
 _HALVINGS = 50
+_ENDLESS = 2.0**64
 
 
 def fits(sizes: Sequence[Files], budgets: Sequence[int]) -> bool:
     """Whether consecutive blocks can be divided over these devices (``divide``) within all their budgets."""
-    return _filled(sizes, budgets, 1.0) is not None
+    return _filled(sizes, budgets) is not None
 
 
-def _filled(sizes: Sequence[Files], budgets: Sequence[int], full: float) -> tuple[range, ...] | None:
-    """Each device gets as many of the blocks left as take ``full`` of its budget; None if some are left in the end."""
+def _filled(sizes: Sequence[Files], limits: Sequence[float]) -> tuple[range, ...] | None:
+    """Each device gets as many of the blocks left as its limit in bytes allows; None if some are left in the end."""
     parts = []
     first = 0
-    for budget in budgets:
+    for limit in limits:
         total, last = _Total(), first
         while last < len(sizes):
             total.add(sizes[last])
-            if total.bytes > full * budget:
+            if total.bytes > limit:
                 break
             last += 1
         parts.append(range(first, last))

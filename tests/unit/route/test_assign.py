@@ -99,12 +99,23 @@ blocks_and_budgets = st.tuples(
 )
 
 
-def fullest(sizes: list[dict[str, int]], budgets: list[int], parts: tuple[range, ...]) -> float:
-    """How full the fullest device is."""
+Parts = tuple[range, ...]
+
+
+def fullness(sizes: list[dict[str, int]], budgets: list[int], parts: Parts) -> list[float]:
+    """How full each device is."""
     taken = [sum({name: size for at in part for name, size in sizes[at].items()}.values()) for part in parts]
-    return max(
+    return [
         size / budget if budget else float("inf") if size else 0.0 for size, budget in zip(taken, budgets, strict=True)
-    )
+    ]
+
+
+def every_way(sizes: list[dict[str, int]], budgets: list[int]) -> list[list[float]]:
+    """How full each device is, in every division there is."""
+    return [
+        fullness(sizes, budgets, tuple(range(first, last) for first, last in pairwise((0, *cuts, len(sizes)))))
+        for cuts in combinations_with_replacement(range(len(sizes) + 1), len(budgets) - 1)
+    ]
 
 
 @given(blocks_and_budgets)
@@ -114,18 +125,42 @@ def test_no_division_leaves_the_fullest_device_emptier(given_: tuple[list[set[st
     parts = divide(sizes, budgets)
     assert len(parts) == len(budgets)
     assert [at for part in parts for at in part] == list(range(len(sizes)))
-    ways = [
-        tuple(range(first, last) for first, last in pairwise((0, *cuts, len(sizes))))
-        for cuts in combinations_with_replacement(range(len(sizes) + 1), len(budgets) - 1)
-    ]
-    best = min(fullest(sizes, budgets, way) for way in ways)
-    assert fullest(sizes, budgets, parts) <= best + 1e-9
-    assert fits(sizes, budgets) == (best <= 1) == (fullest(sizes, budgets, parts) <= 1)
+    best = min(max(way) for way in every_way(sizes, budgets))
+    found = max(fullness(sizes, budgets, parts))
+    assert found <= best + 1e-9
+    assert fits(sizes, budgets) == (best <= 1) == (found <= 1)
+
+
+@given(blocks_and_budgets, st.sets(st.integers(0, 3)))
+def test_what_helps_gets_as_little_as_can_be(
+    given_: tuple[list[set[str]], list[int], list[int]], places: set[int]
+) -> None:
+    names, bytes_of, budgets = given_
+    sizes = [{name: bytes_of["abcdef".index(name)] for name in block} for block in names]
+    helping = {at for at in places if at < len(budgets)}
+
+    def split(way: list[float]) -> tuple[float, float]:
+        """The fullest of those that help, and of the others."""
+        helps = max((full for at, full in enumerate(way) if at in helping), default=0.0)
+        return helps, max((full for at, full in enumerate(way) if at not in helping), default=0.0)
+
+    parts = divide(sizes, budgets, helping)
+    assert [at for part in parts for at in part] == list(range(len(sizes)))
+    found = split(fullness(sizes, budgets, parts))
+    ways = [split(way) for way in every_way(sizes, budgets)]
+    within = [helps for helps, others in ways if others <= 1]
+    if within and min(within) <= 1:
+        assert found[0] <= min(within) + 1e-9 and found[1] <= 1
+    else:
+        assert max(found) <= min(max(way) for way in ways) + 1e-9
 
 
 def test_a_division_in_proportion_and_over_few_devices() -> None:
     assert divide(apart(*[10] * 6), [30, 60]) == (range(2), range(2, 6))
     assert divide(apart(*[10] * 6), [100] * 4) == (range(2), range(2, 4), range(4, 6), range(6, 6))
     assert divide(apart(*[10] * 3), [0, 0]) == (range(3), range(3, 3))
+    assert divide(apart(*[10] * 6), [40, 1000], {1}) == (range(4), range(4, 6))
+    assert divide(apart(*[10] * 6), [1000, 40], {0}) == (range(2), range(2, 6))
+    assert divide(apart(*[10] * 6), [1000, 30, 30], {0}) == (range(0), range(3), range(3, 6))
     tied = [{"embed": 40}, {"0": 10}, {"1": 10}, {"norm": 1, "embed": 40}]
     assert divide(tied, [50, 60]) == (range(2), range(2, 4))
