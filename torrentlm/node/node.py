@@ -200,7 +200,7 @@ class Node:
         return self._computing
 
     async def _costs(self) -> Mapping[str, Cost]:
-        """What each precision costs on the device; imports torch."""
+        """What each precision costs on the devices; imports torch."""
         return await (await self._compute()).costs()
 
     @property
