@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from torrentlm.compute.border import Border, Logits
+from torrentlm.compute.precision import STORED
 from torrentlm.compute.sizes import Point
 from torrentlm.compute.span import SpanRunner
 from torrentlm.config import Recipe
@@ -47,8 +48,12 @@ class Decoder:
     reference: torch.Tensor
 
     def held(self, precision: str, device: torch.device, span: Span = WHOLE) -> HeldModel:
-        made = self.published
-        return HeldModel(made.magnet.v2 or b"", made.manifest, made.folder, self.paths, span, precision, device)
+        """``INT8`` and ``INT4``: what blocks of layers are kept in, computed in BF16."""
+        made, compute, stored = self.published, precision, {}
+        if precision in STORED:
+            compute, stored = "BF16", dict.fromkeys(MIDDLE, precision)
+        id = made.magnet.v2 or b""
+        return HeldModel(id, made.manifest, made.folder, self.paths, span, compute, device, stored=stored)
 
 
 def make_decoder(folder: Path) -> Decoder:

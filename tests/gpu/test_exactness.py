@@ -14,7 +14,7 @@ from torrentlm.compute.measure import PRECISIONS
 from torrentlm.errors import ConfigError
 from torrentlm.records import Span
 
-BOUNDS = {"F32": 1e-4, "BF16": 5e-2, "F16": 1e-2}
+BOUNDS = {"F32": 1e-4, "BF16": 5e-2, "F16": 1e-2, "INT8": 8e-2, "INT4": 0.5}
 """Relative error of the logits; some three times what rounding does to a decoder of a few layers."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torrentlm.compute.heap import give_large_back
 from torrentlm.errors import LocalProtocolError
 
 SPIN_COUNT = 3_000
@@ -29,13 +30,15 @@ def available_cores() -> int:
 
 
 def prepare_environment(threads: int | None = None) -> None:
-    """Choose the number of compute threads (default: all cores) and how idle ones wait, where the environment does not.
+    """Choose the number of compute threads (default: all cores), how idle ones wait, and when memory goes back to the
+    system, where the environment does not.
 
     Must come before torch's first import in the process, since OpenMP reads its environment once: LocalProtocolError
     otherwise.
     """
     if "torch" in sys.modules:
         raise LocalProtocolError("the compute environment was prepared after torch had been imported")
+    give_large_back()
     count = str(threads or available_cores())
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = count

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -85,6 +86,28 @@ def test_the_environment_is_set_before_torch_reads_it() -> None:
     assert in_a_fresh_process(code.format(1)) == "1 True\n1"
     assert in_a_fresh_process(code.format("")).startswith(f"{available_cores()} True")
     assert in_a_fresh_process(code.format(""), OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive") == "1 False\n1"
+
+
+HEAP = """
+from torrentlm.compute.heap import give_large_back
+{}
+import torch
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+def load():  # as blocks are made smaller: large for a moment, then a smaller copy that stays
+    return [torch.ones(6 << 20, dtype=torch.int8).to(torch.float32).to(torch.int8)[: 1 << 16].clone() for _ in range(8)]
+before = resident()
+kept = [load() for _ in range(4)]
+print((resident() - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
+def test_large_tensors_go_back_to_the_system() -> None:
+    kept = int(in_a_fresh_process(HEAP.format("")))
+    assert int(in_a_fresh_process(HEAP.format("assert give_large_back()"))) < 12 < kept
+    code = "from torrentlm.compute.heap import give_large_back; print(give_large_back())"
+    assert in_a_fresh_process(code, MALLOC_MMAP_THRESHOLD_="33554432") == "False"
 
 
 def test_too_late_is_said() -> None:

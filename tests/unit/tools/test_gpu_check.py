@@ -51,6 +51,6 @@ def test_the_tests_themselves_on_the_processor() -> None:
     [result] = json.loads(done.stdout)["devices"]
     assert result["device"] == "cpu" and result["passed"]
     rows = {row["precision"]: row for row in result["rows"]}
-    assert set(rows) >= {"F32", "BF16", "F16"}
-    assert rows["F32"]["error"] == 0.0 and 0 < rows["F16"]["error"] < rows["BF16"]["error"]
+    errors = [rows[precision]["error"] for precision in ("F32", "F16", "BF16", "INT8", "INT4")]
+    assert errors[0] == 0.0 and errors == sorted(set(errors)) and len(rows) == len(errors)
     assert all(row["ms_per_block"] > 0 and row["GB_s"] > 0 for row in rows.values())
