@@ -32,7 +32,17 @@ from torrentlm.gateway.outlet import Outlet
 from torrentlm.gateway.tcp import MAX_BUFFERS, TcpStream
 from torrentlm.records import Endpoint, InfoHash
 from torrentlm.wire.extension import PIPE_ID, bare_offer, make_offer, read_offer
-from torrentlm.wire.peerwire import Demux, Kind, Part, extended_message, port_message
+from torrentlm.wire.peerwire import (
+    CHOKE,
+    INTERESTED,
+    UNCHOKE,
+    Demux,
+    Kind,
+    Part,
+    extended_message,
+    port_message,
+    signal_message,
+)
 
 if TYPE_CHECKING:
     from torrentlm.gateway.pool import Pool
@@ -89,6 +99,8 @@ class Connection:
         self.heard_at = trio.current_time()
         self.settled = trio.Event()
         """The pipe's handshake succeeded, or it never will."""
+        self.sent = 0
+        """Bytes of the client that have left for the network."""
         self._remote = remote
         self._client = client
         self._pool = pool
@@ -137,6 +149,11 @@ class Connection:
             self.settled.set()
             self._pool.connection_closed(self)
 
+    def let(self, open: bool) -> None:
+        """Unchoke the peer, or choke it, whatever the client has said."""
+        self._outbox.put_between(Part(Kind.RUN, memoryview(signal_message(UNCHOKE if open else CHOKE))))
+        self.pump()
+
     def pump(self) -> None:
         """Write what waits for the network. Never waits, never raises: a broken connection ends by itself."""
         try:
@@ -168,6 +185,10 @@ class Connection:
     def _take_part(self, part: Part) -> None:
         kind = part.kind
         if kind is Kind.RUN or kind is Kind.OPEN or kind is Kind.PORT:
+            self._for_client(part.data)
+        elif kind is Kind.SIGNAL:
+            if (code := part.data[4]) > UNCHOKE:
+                self._pool.turns.interest(self.number, code == INTERESTED)
             self._for_client(part.data)
         elif kind is Kind.FRAME:
             self._take_frame(part.data)
@@ -241,12 +262,13 @@ class Connection:
             return
         client.close()
         self._client = self._to_client = None
+        self._pool.turns.leave(self.number)
         self._queue.clear()
         self._queued = 0
         outlet.abandon()
+        with trio.move_on_after(FLUSH_LIMIT):  # what it said before it left arrives
+            await self._to_network.flushed()
         if self.carrier is None or self._outbox.midway:
-            with trio.move_on_after(FLUSH_LIMIT):
-                await self._to_network.flushed()
             self.close()
             return
         self._outbox.clear()
@@ -261,19 +283,23 @@ class Connection:
         try:
             while data := await inlet.read(self._pace.read, self._pace.reads):
                 for part in demux.feed(data):
-                    self._outbox.put(self._outgoing(part), offers=part.kind is Kind.HANDSHAKE)
+                    if (outgoing := self._outgoing(part)) is not None:
+                        self._outbox.put(outgoing, offers=part.kind is Kind.HANDSHAKE)
                 self.pump()
                 while self._outbox.waiting > READ_AHEAD:
                     await self._to_network.progress()
         except (NetworkError, RemoteProtocolError):
             return
 
-    def _outgoing(self, part: Part) -> Part:
-        """The client knows neither the pipe nor our ports: put them in."""
+    def _outgoing(self, part: Part) -> Part | None:
+        """The client knows neither the pipe nor our ports: put them in. Nor does it know whose turn it is: what it says
+        before that does not leave."""
         if part.kind is Kind.HANDSHAKE:
             message = extended_message(0, make_offer(bytes(part.data), self._pool.port))
         elif part.kind is Kind.PORT:
             message = port_message(self._pool.port)
+        elif part.kind is Kind.SIGNAL and (code := part.data[4]) <= UNCHOKE:
+            return part if self._pool.turns.offer(self.number, code == UNCHOKE) else None
         else:
             return part
         return Part(Kind.RUN, memoryview(message))
@@ -289,7 +315,10 @@ class Connection:
         pace = INTERACTIVE if in_use else BULK
         if pace is not self._pace:
             self._set_pace(pace)
-        return self._outbox.next_batch(pace.run)
+        waiting = self._outbox.waiting
+        batch = self._outbox.next_batch(pace.run)
+        self.sent += waiting - self._outbox.waiting
+        return batch
 
     def _set_pace(self, pace: Pace) -> None:
         self._pace = pace

@@ -47,6 +47,9 @@ class Torrents(Protocol):
     def canonical(self, info_hash: bytes) -> InfoHash | None:
         """One name per torrent: the hash by which the client greets. None if the client does not have it."""
 
+    def had_first(self, info_hash: bytes) -> bool:
+        """Whether the client had all of the torrent when it started it."""
+
     def connect_peer(self, info_hash: bytes, endpoint: Endpoint) -> None:
         """Have the client dial ``endpoint`` through the proxy. Returns at once."""
 
@@ -118,6 +121,7 @@ class Gateway:
                 async with trio.open_nursery() as nursery:
                     self._nursery = self._pool.nursery = nursery
                     self._nursery.start_soon(self._relay.run)
+                    self._nursery.start_soon(self._pool.turns.run)
                     self._nursery.start_soon(self._accept_peers, ports)
                     self._nursery.start_soon(self._accept_client, inner)
                     task_status.started()
@@ -376,6 +380,8 @@ class Gateway:
         connection = self._connections[self._numbers] = Connection(self._numbers, link, remote, client, self._pool)
         if client is None:
             self._nursery.start_soon(self._limit_settling, connection)
+        elif self.torrents is not None and self.torrents.had_first(link.torrent):
+            self._pool.turns.enter(connection.number, link.torrent, link.peer, connection)
         return connection
 
     async def _run(self, connection: Connection) -> None:

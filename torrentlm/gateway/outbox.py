@@ -28,6 +28,8 @@ class Outbox:
         self._frames = frames
         self._parts: deque[Part] = deque()
         self._open_parts = self._open_bytes = 0  # at the end of _parts, of a message that is not finished
+        self._between: list[Part] = []  # what goes behind the message that is not finished
+        self._unfinished = False
         self._offer: Part | None = None
         self._offered = False
         self.midway = False
@@ -45,10 +47,22 @@ class Outbox:
         size = len(part.data)
         self.waiting += size
         if part.kind is Kind.OPEN:
+            self._unfinished = True
             self._open_parts += 1
             self._open_bytes += size
+            return
+        self._open_parts = self._open_bytes = 0
+        self._unfinished = False
+        between, self._between = self._between, []
+        for message in between:
+            self.put(message)
+
+    def put_between(self, message: Part) -> None:
+        """Add a whole message that is not the client's, behind the one that the client is sending."""
+        if self._unfinished:
+            self._between.append(message)
         else:
-            self._open_parts = self._open_bytes = 0
+            self.put(message)
 
     def next_batch(self, limit: int) -> Buffers:
         """What to write next: a message begun before, frames, then whole messages of about ``limit`` bytes."""
@@ -79,4 +93,6 @@ class Outbox:
     def clear(self) -> None:
         """Forget what the client wanted to say. Precondition: not ``midway``."""
         self._parts.clear()
+        self._between.clear()
+        self._unfinished = False
         self._open_parts = self._open_bytes = self.waiting = 0

@@ -17,6 +17,7 @@ from torrentlm.gateway.connection import Connection, Link
 from torrentlm.gateway.pipe import Pipe
 from torrentlm.gateway.policy import Policy
 from torrentlm.gateway.settle import Candidate, surplus
+from torrentlm.gateway.turns import Turns
 from torrentlm.records import Endpoint, InfoHash, NodeKey
 from torrentlm.wire.frames import ByeCode, Hello
 from torrentlm.wire.handshake import Authenticated, CarrierHandshake
@@ -44,6 +45,7 @@ class Pool:
         self.policy = policy
         self.port = 0
         """Where this node listens, as told to peers."""
+        self.turns = Turns()
         self.pipes: dict[NodeKey, Pipe] = {}
         self.nursery: trio.Nursery
         """The gateway's, in which the pipes' tasks live."""
@@ -116,6 +118,7 @@ class Pool:
             self._settle(carrier.pipe)
 
     def connection_closed(self, connection: Connection) -> None:
+        self.turns.leave(connection.number)
         self._connections.pop(connection.number, None)
         carrier = connection.carrier
         if carrier is not None and carrier.pipe is not None:

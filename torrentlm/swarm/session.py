@@ -136,7 +136,7 @@ class Swarm:
             handle = self._session.add_torrent(params)
         except RuntimeError as error:
             raise ArtifactError(f"this torrent cannot be started ({error})") from error
-        transfer = Transfer(handle, self._pump, folder, self, limit)
+        transfer = Transfer(handle, self._pump, folder, self, limit, had_first=verified)
         self.renamed(transfer)
         transfer.urge(urgency)
         return transfer
@@ -152,6 +152,11 @@ class Swarm:
         """The hash by which libtorrent greets for this torrent (v1 if it has one); None if it is not ours."""
         transfer = self._transfers.get(InfoHash(info_hash))
         return transfer.info_hashes[0] if transfer else None
+
+    def had_first(self, info_hash: bytes) -> bool:
+        """Whether it was all here, and known to be good, when it was started."""
+        transfer = self._transfers.get(InfoHash(info_hash))
+        return transfer is not None and transfer.had_first
 
     def connect_peer(self, info_hash: bytes, endpoint: Endpoint) -> None:
         """Have libtorrent dial ``endpoint`` through the proxy, and greet it by this hash."""

@@ -72,12 +72,22 @@ class Transfer:
     """A torrent of this node, made by ``Swarm.add_torrent``.
 
     ``v1`` is the 20-byte SHA-1 info-hash, ``v2`` the 32-byte SHA-256 one; None where the torrent (or so far the magnet)
-    has none.
+    has none. ``had_first``: it was all here when it was started.
     ``error`` is set once something stopped it (disk full, file gone).
     """
 
-    def __init__(self, handle: Any, pump: AlertPump, folder: Path, owner: Owner, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        handle: Any,
+        pump: AlertPump,
+        folder: Path,
+        owner: Owner,
+        limit: int | None = None,
+        *,
+        had_first: bool = False,
+    ) -> None:
         self.folder = folder
+        self.had_first = had_first
         self.error: TorrentLMError | None = None
         self.progress = Progress()
         self.urgency = Urgency.NORMAL

@@ -1,9 +1,9 @@
 """BEP 3 as far as the gateway needs it: the greeting, and where one message ends and the next begins.
 
 Theory of operation: after the greeting a connection is a row of messages, ``<u32 length><u8 id>...``. Nearly all of
-them are passed on unread, in runs as long as possible. Only three kinds are taken out whole: the extended handshake
-(BEP 10, id 20 with extension 0), extended messages with our own extension id, and PORT (BEP 5, id 9). :class:`Demux`
-finds them; it never copies what passes.
+them are passed on unread, in runs as long as possible. Only four kinds are taken out whole: the extended handshake
+(BEP 10, id 20 with extension 0), extended messages with our own extension id, PORT (BEP 5, id 9), and who is choked or
+interested (BEP 3, ids 0 to 3). :class:`Demux` finds them; it never copies what passes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ MAX_TAKEN = 1 << 16
 RUN_BYTES = 1 << 16
 """Usual length of a run."""
 
-CHOKE, NOT_INTERESTED, PORT, EXTENDED = 0, 3, 9, 20
+CHOKE, UNCHOKE, INTERESTED, NOT_INTERESTED, PORT, EXTENDED = 0, 1, 2, 3, 9, 20
 KEEP_ALIVE = b"\0\0\0\0"
 
-_PERHAPS_TAKEN = (EXTENDED, PORT)
+_PERHAPS_TAKEN = frozenset((CHOKE, UNCHOKE, INTERESTED, NOT_INTERESTED, PORT, EXTENDED))
+_SIGNAL_BYTES = 5
 _HEAD = Struct(">IBB")
 _LENGTH = Struct(">I")
 
@@ -82,12 +83,14 @@ class Kind(Enum):
     HANDSHAKE = 3
     FRAME = 4
     PORT = 5
+    SIGNAL = 6
 
 
 class Part(NamedTuple):
     """A stretch of the stream.
 
-    ``HANDSHAKE`` and ``FRAME`` carry the payload behind the extension id, ``PORT`` the whole message.
+    ``HANDSHAKE`` and ``FRAME`` carry the payload behind the extension id, ``PORT`` the whole message, as does
+    ``SIGNAL``: choke, unchoke, interested or not interested.
     """
 
     kind: Kind
@@ -161,6 +164,8 @@ class Demux:
             kind = Kind.FRAME if extension else Kind.HANDSHAKE
         elif code == PORT and length == 3:
             kind = Kind.PORT
+        elif code <= NOT_INTERESTED and length == 1:
+            kind = Kind.SIGNAL
         else:
             return None
         if 4 + length > MAX_TAKEN:
@@ -207,14 +212,20 @@ class Demux:
         """Give out held messages that are too short to have a head of six bytes: keep-alive, choke, …"""
         held = self._held
         if len(held) >= 4 and (size := 4 + _LENGTH.unpack_from(held)[0]) < _HEAD.size and len(held) >= size:
-            parts.append(Part(Kind.RUN, memoryview(bytes(held[:size]))))
+            signal = size == _SIGNAL_BYTES and held[4] <= NOT_INTERESTED
+            parts.append(Part(Kind.SIGNAL if signal else Kind.RUN, memoryview(bytes(held[:size]))))
             del held[:size]
             return True
         return False
 
 
 def _taken_part(kind: Kind, message: memoryview) -> Part:
-    return Part(kind, message if kind is Kind.PORT else message[6:])
+    return Part(kind, message[6:] if kind is Kind.FRAME or kind is Kind.HANDSHAKE else message)
+
+
+def signal_message(code: int) -> bytes:
+    """``CHOKE``, ``UNCHOKE``, ``INTERESTED`` or ``NOT_INTERESTED`` (BEP 3)."""
+    return b"\0\0\0\x01" + bytes((code,))
 
 
 def extended_message(extension: int, payload: bytes) -> bytes:

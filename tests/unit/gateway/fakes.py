@@ -33,6 +33,10 @@ class FakeTorrents:
 
     def __init__(self) -> None:
         self.asked_in, self.asked = trio.open_memory_channel[tuple[bytes, Endpoint]](100)
+        self.first = False
+
+    def had_first(self, info_hash: bytes) -> bool:
+        return self.first
 
     def canonical(self, info_hash: bytes) -> InfoHash | None:
         return V1 if info_hash in (V1, V2) else None

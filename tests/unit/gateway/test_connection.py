@@ -10,10 +10,20 @@ import trio
 from tests.swarm.nodes import in_trio
 from tests.unit.gateway.fakes import QUICK, V1, FakeNode, Wire, dial_public, fake_node, joined, piece, two_nodes
 from torrentlm.bencode import decode
+from torrentlm.gateway.turns import EVERY_S
 from torrentlm.records import SessionId
 from torrentlm.wire.extension import PIPE_NAME
 from torrentlm.wire.messages import Close
-from torrentlm.wire.peerwire import KEEP_ALIVE, extended_message, port_message
+from torrentlm.wire.peerwire import (
+    CHOKE,
+    INTERESTED,
+    KEEP_ALIVE,
+    NOT_INTERESTED,
+    UNCHOKE,
+    extended_message,
+    port_message,
+    signal_message,
+)
 
 HELLO = Close(SessionId(b"s" * 16))
 
@@ -235,3 +245,43 @@ async def test_a_peer_that_breaks_a_rule_is_closed(said: bytes) -> None:
         await stranger.send(said)
         assert await stranger.ended()
         assert not node.gateway.connections
+
+
+async def stranger_at(node: FakeNode) -> tuple[Wire, Wire]:
+    """(its end, the client's) of a connection that is joined and knows no pipe."""
+    stranger = await dial_public(node.endpoint)
+    await stranger.greet()
+    client = await node.answer()
+    await stranger.greeting(), await client.greeting()
+    return stranger, client
+
+
+@in_trio(20)
+async def test_where_the_client_had_a_torrent_first_peers_are_unchoked_by_turns() -> None:
+    async with fake_node() as node:
+        node.torrents.first = True
+        near, first = await stranger_at(node)
+        far, second = await stranger_at(node)
+        for stranger, client in ((near, first), (far, second)):
+            await client.send(signal_message(UNCHOKE))
+            await stranger.send(signal_message(INTERESTED))
+            assert await client.message() == signal_message(INTERESTED)
+        assert await near.message() == signal_message(UNCHOKE)
+        data = piece()
+        await second.send(data[:9000])  # a message under way is not broken by what the gateway says itself
+        await near.send(signal_message(NOT_INTERESTED))
+        assert await near.message() == signal_message(CHOKE)
+        await trio.sleep(2 * EVERY_S)
+        await second.send(data[9000:])
+        assert await far.message() == data
+        assert await far.message() == signal_message(UNCHOKE)
+
+
+@in_trio(20)
+async def test_everywhere_else_the_client_alone_says_who_is_choked() -> None:
+    async with fake_node() as node:
+        for stranger, client in [await stranger_at(node) for _ in range(2)]:
+            await stranger.send(signal_message(INTERESTED))
+            for code in (UNCHOKE, CHOKE, UNCHOKE):
+                await client.send(signal_message(code))
+                assert await stranger.message() == signal_message(code)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.unit.gateway.fakes import piece
 from torrentlm.gateway.outbox import HOLD_BYTES, Buffers, Outbox
-from torrentlm.wire.peerwire import Demux, Kind, Part, extended_message
+from torrentlm.wire.peerwire import UNCHOKE, Demux, Kind, Part, extended_message, signal_message
 
 FRAME = extended_message(9, b"frame")
 
@@ -122,3 +122,21 @@ def test_whatever_the_chunks_messages_stay_whole(
     parts = Demux(9).feed(sent)
     assert b"".join(part.data for part in parts if part.kind is not Kind.FRAME) == stream
     assert sum(part.kind is Kind.FRAME for part in parts) == sum(frame_at[: len(cuts)])
+
+
+@given(st.lists(st.integers(1, 40_000), max_size=30), st.sets(st.integers(0, 30)), st.booleans())
+def test_what_is_put_in_stands_between_messages(sizes: list[int], at: set[int], drained: bool) -> None:
+    box, _ = outbox()
+    demux, stream, position, sent = Demux(), piece(60_000) + piece(9) + piece(16_384), 0, b""
+    for number, size in enumerate([*sizes, len(stream)]):
+        put(box, demux, stream[position : position + size])
+        position += size
+        if number in at:
+            box.put_between(Part(Kind.RUN, memoryview(signal_message(UNCHOKE))))
+        if drained:
+            sent += drain(box)
+    sent += drain(box)
+    parts = Demux().feed(sent)
+    assert b"".join(part.data for part in parts if part.kind is not Kind.SIGNAL) == stream
+    assert sum(part.kind is Kind.SIGNAL for part in parts) == sum(number <= len(sizes) for number in at)
+    assert not box.waiting
