@@ -57,9 +57,10 @@ def require_tokenizer(files: Collection[str], where: Path) -> None:
         )
 
 
-def require_readable_tokenizer(files: Mapping[str, bytes], where: Path) -> None:
-    """Raise ArtifactError if the tokenizer among a checkpoint's small files cannot be loaded: every user would hear of
-    it.
+def require_readable_tokenizer(files: Mapping[str, bytes], where: Path) -> int:
+    """How many words the tokenizer among a checkpoint's small files knows, without those that were added to it.
+
+    Raises ArtifactError if it cannot be loaded: every user would hear of it.
     """
     name = "tokenizer.json" if "tokenizer.json" in files else "the tokenizer"
     with TemporaryDirectory(prefix="torrentlm-") as folder:
@@ -67,17 +68,26 @@ def require_readable_tokenizer(files: Mapping[str, bytes], where: Path) -> None:
             if "tokenizer.json" in files:
                 path = Path(folder, "tokenizer.json")
                 path.write_bytes(files["tokenizer.json"])
-                PreTrainedTokenizerFast(tokenizer_file=str(path))
-            else:
-                for file, content in files.items():
-                    Path(folder, file).write_bytes(content)
-                load_tokenizer(Path(folder))
+                return int(PreTrainedTokenizerFast(tokenizer_file=str(path)).vocab_size)
+            for file, content in files.items():
+                Path(folder, file).write_bytes(content)
+            return int(load_tokenizer(Path(folder)).vocab_size)
         except Exception as error:  # whatever the library makes of it
             reason = first_line(error.__cause__ or error)
             raise ArtifactError(
                 f"{name} of {where} cannot be read ({reason}); fetch it again, or say tokenizer ="
                 " false in [model] (--no-tokenizer) if users are to send token ids"
             ) from error
+
+
+def require_known_words(words: int, known: int, where: Path) -> None:
+    """Raise ArtifactError if a tokenizer of so many ``words`` makes ids that the model does not know. One that was
+    added to it (padding, say) may be unknown: models are published like that, and never see it."""
+    if words > known:
+        raise ArtifactError(
+            f"the tokenizer of {where} has {words:,} words where the model knows {known:,}: it is another model's;"
+            " fetch the model's own, or say tokenizer = false in [model] (--no-tokenizer) if users are to send token ids"
+        )
 
 
 def all_finite(chunk: memoryview, dtype: str) -> bool:

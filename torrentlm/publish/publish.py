@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from torrentlm.compute.conversion import group_tensors, published_names
 from torrentlm.compute.skeleton import build_skeleton, read_config
-from torrentlm.compute.split import Hints, Split, named_weights
+from torrentlm.compute.split import Hints, Split, named_weights, vocabulary_of
 from torrentlm.compute.splitter import analyse_sides
 from torrentlm.config import Recipe
 from torrentlm.errors import ArtifactError, UnsupportedModelError
@@ -30,7 +30,13 @@ from torrentlm.manifest.canonical import TensorSpec
 from torrentlm.manifest.manifest import FILE_NAME, BlockEntry, BlockFile, FileEntry, Manifest, Side
 from torrentlm.manifest.torrent import Torrent, multi_file, safe_name
 from torrentlm.publish.checkpoint import Checkpoint
-from torrentlm.publish.checks import Finiteness, require_known, require_readable_tokenizer, require_tokenizer
+from torrentlm.publish.checks import (
+    Finiteness,
+    require_known,
+    require_known_words,
+    require_readable_tokenizer,
+    require_tokenizer,
+)
 from torrentlm.publish.convert import TORCH_DTYPES, converted
 from torrentlm.publish.made import WithMade, made_by_model
 from torrentlm.publish.payload import to_json
@@ -93,10 +99,12 @@ def _publish(
     source = _open(location, recipe)
     payload = dict(source.files())
     require_known(payload["config.json"], location.path)
+    words = 0
     if recipe.tokenizer and not location.is_config:
         require_tokenizer(payload.keys(), location.path)
-        require_readable_tokenizer(payload, location.path)
+        words = require_readable_tokenizer(payload, location.path)
     model = _understand(payload, recipe, stage.folder, allow_code)
+    require_known_words(words, vocabulary_of(model.skeleton), location.path)
     payload["config.json"] = to_json(model.settings)
     origins = _find_origins(source, model)
     if made := made_by_model(model.skeleton, _missing(origins, model)):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tests.unit.publish.models import listing, read_back, same_tensors, save_llama
 from torrentlm.config import Recipe
@@ -189,3 +191,19 @@ def test_a_wrong_value_is_named(folder: Path, store: Store) -> None:
     sentence = refusal(Recipe("Tiny", folder), store, UnsupportedModelError)
     assert "config.json" in sentence and "hidden_size" in sentence and "publishing" not in sentence
     assert not sentence.rstrip().endswith(":")
+
+
+def test_a_tokenizer_of_another_model(folder: Path, store: Store) -> None:
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(1001)}, unk_token="w0"))  # no password
+    (folder / "tokenizer.json").write_text(words.to_str())
+    sentence = refusal(Recipe("Tiny", folder), store, ArtifactError)
+    assert sentence.startswith(f"the tokenizer of {folder} has 1,001 words where the model knows ")
+    assert publish(Recipe("Tiny", folder, tokenizer=False), store).model.name == "Tiny"
+
+
+def test_words_added_to_a_tokenizer_may_be_unknown_to_the_model(folder: Path, store: Store) -> None:
+    known = json.loads((folder / "config.json").read_text())["vocab_size"]
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(known)}, unk_token="w0"))
+    words.add_special_tokens(["<pad>"])
+    (folder / "tokenizer.json").write_text(words.to_str())
+    publish(Recipe("m", folder), store)
