@@ -34,6 +34,7 @@ from torrentlm.records import Endpoint, InfoHash
 from torrentlm.wire.extension import PIPE_ID, bare_offer, make_offer, read_offer
 from torrentlm.wire.peerwire import (
     CHOKE,
+    HAVE,
     INTERESTED,
     UNCHOKE,
     Demux,
@@ -187,7 +188,9 @@ class Connection:
         if kind is Kind.RUN or kind is Kind.OPEN or kind is Kind.PORT:
             self._for_client(part.data)
         elif kind is Kind.SIGNAL:
-            if (code := part.data[4]) > UNCHOKE:
+            if (code := part.data[4]) == HAVE:
+                self._pool.turns.has_more(self.number)
+            elif code > UNCHOKE:
                 self._pool.turns.interest(self.number, code == INTERESTED)
             self._for_client(part.data)
         elif kind is Kind.FRAME:

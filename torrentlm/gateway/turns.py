@@ -26,7 +26,7 @@ LENGTH_S = 20.0
 STALL_S = 3.0
 """A turn that moved nothing for so long is over."""
 PATIENCE_S = 3.0
-"""A peer without any turn shares one after so long: by then it has had time to get something from the others."""
+"""A peer without any turn that gets nothing from the others either shares one after so long."""
 
 Turn = tuple[InfoHash, Endpoint]
 Wishes = Mapping[InfoHash, Mapping[Endpoint, float]]
@@ -120,7 +120,9 @@ class Turns:
         self._seats: dict[int, _Seat] = {}
         self._wanting = Counter[InfoHash]()  # how many want each
         self._turns: dict[InfoHash, Endpoint] = {}
-        self._without: dict[Endpoint, float] = {}  # who wants something and has no turn of its own, since when
+        self._without: dict[
+            Endpoint, float
+        ] = {}  # who wants something, has no turn of its own and gets nothing, since when
         self._changed = trio.Event()
 
     def enter(self, number: int, torrent: InfoHash, peer: Endpoint, gate: Gate) -> None:
@@ -147,6 +149,12 @@ class Turns:
                 seat.gate.let(True)
             elif was_open and not seat.open:
                 seat.gate.let(False)
+
+    def has_more(self, number: int) -> None:
+        """The peer has got a piece, from whomever."""
+        seat = self._seats.get(number)
+        if seat is not None and (peer := seat.turn[1]) in self._without:
+            self._without[peer] = trio.current_time()
 
     def _wish(self, seat: _Seat, offered: bool, interested: bool) -> bool:
         """True if the seat's turn begins at once, since nobody else is there."""

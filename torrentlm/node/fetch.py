@@ -23,6 +23,9 @@ PROGRESS_EVERY_S = 0.5
 WAITING_EVERY_S = 5.0
 AT_ONCE = 4
 """Files that come at a time."""
+ALL_AT_ONCE = 64
+"""The same where no file is wanted before the others: the more there are, the more evenly joiners share out whom a
+source gives what (gateway/turns.py)."""
 BEGIN_S = 3.0
 TURN_EVERY_S = 0.1
 
@@ -98,9 +101,11 @@ class BlockFiles:
         self._shelf.seed(self._manifest.files, self._folder)
         self._publish()
 
-    async def fetch(self, files: Sequence[FileEntry], *, urgency: Urgency = Urgency.NORMAL) -> None:
+    async def fetch(
+        self, files: Sequence[FileEntry], *, urgency: Urgency = Urgency.NORMAL, at_once: int = AT_ONCE
+    ) -> None:
         """Return when all ``files`` are complete on disk; they are seeded from then on. In the background, silently:
-        then a full disk is an error.
+        then a full disk is an error. They come ``at_once`` so many at a time, in their order.
 
         Others are evicted for them. Raises StorageError if that is not enough, ArtifactError if what a torrent says is
         not what the manifest says. Waits as long as it takes for somebody to have them, or for a full disk to have
@@ -121,7 +126,7 @@ class BlockFiles:
                     nursery.start_soon(say_waiting, self._parts.say, partial(self._why_nothing_comes, missing))
                 try:
                     async with trio.open_nursery() as fetching:
-                        await self._fetch_in_turn(missing, urgency, fetching)
+                        await self._fetch_in_turn(missing, urgency, at_once, fetching)
                 finally:
                     self._coming -= names
                 nursery.cancel_scope.cancel()
@@ -153,7 +158,9 @@ class BlockFiles:
             "start a node that has them, or name one with --peer HOST:PORT"
         )
 
-    async def _fetch_in_turn(self, files: Sequence[FileEntry], urgency: Urgency, nursery: trio.Nursery) -> None:
+    async def _fetch_in_turn(
+        self, files: Sequence[FileEntry], urgency: Urgency, at_once: int, nursery: trio.Nursery
+    ) -> None:
         """Few at a time, so that the first can be used while others have not begun. One that nobody sends counts no
         more after a while, and comes when somebody does.
         """
@@ -169,7 +176,7 @@ class BlockFiles:
         for file in files:
             begun[file.name] = trio.current_time()
             nursery.start_soon(self._fetch_file, file, urgency)
-            while sum(map(is_moving, begun)) >= AT_ONCE:  # noqa: ASYNC110
+            while sum(map(is_moving, begun)) >= at_once:  # noqa: ASYNC110
                 await trio.sleep(TURN_EVERY_S)
 
     async def _fetch_file(self, file: FileEntry, urgency: Urgency) -> None:

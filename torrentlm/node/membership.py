@@ -20,7 +20,7 @@ from torrentlm.errors import ArtifactError, ConfigError, NetworkError, StorageEr
 from torrentlm.manifest.adapter import FILE_NAME as ADAPTER_FILE_NAME
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import FILE_NAME, Manifest
-from torrentlm.node.fetch import BlockFiles, say_waiting
+from torrentlm.node.fetch import ALL_AT_ONCE, BlockFiles, say_waiting
 from torrentlm.node.memory import weights_bytes
 from torrentlm.node.parts import Parts
 from torrentlm.node.peers import ModelPeers
@@ -255,4 +255,4 @@ class Membership:
     async def mirror(self) -> None:
         """Get whatever is missing of the whole model. Raises StorageError, ArtifactError."""
         self.files.keep(Span(0, len(self.manifest.blocks) - 1))
-        await self.files.fetch(self.manifest.files)
+        await self.files.fetch(self.manifest.files, at_once=ALL_AT_ONCE)

@@ -86,7 +86,7 @@ def require_known_words(words: int, known: int, where: Path) -> None:
     if words > known:
         raise ArtifactError(
             f"the tokenizer of {where} has {words:,} words where the model knows {known:,}: it is another model's;"
-            " fetch the model's own, or say tokenizer = false in [model] (--no-tokenizer) if users are to send token ids"
+            " fetch the right one, or say tokenizer = false in [model] (--no-tokenizer) if users are to send token ids"
         )
 
 

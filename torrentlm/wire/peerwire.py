@@ -2,8 +2,9 @@
 
 Theory of operation: after the greeting a connection is a row of messages, ``<u32 length><u8 id>...``. Nearly all of
 them are passed on unread, in runs as long as possible. Only four kinds are taken out whole: the extended handshake
-(BEP 10, id 20 with extension 0), extended messages with our own extension id, PORT (BEP 5, id 9), and who is choked or
-interested (BEP 3, ids 0 to 3). :class:`Demux` finds them; it never copies what passes.
+(BEP 10, id 20 with extension 0), extended messages with our own extension id, PORT (BEP 5, id 9), and the short ones
+that say who is choked or interested or has a piece (BEP 3, ids 0 to 4). :class:`Demux` finds them; it never copies what
+passes.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ MAX_TAKEN = 1 << 16
 RUN_BYTES = 1 << 16
 """Usual length of a run."""
 
-CHOKE, UNCHOKE, INTERESTED, NOT_INTERESTED, PORT, EXTENDED = 0, 1, 2, 3, 9, 20
+CHOKE, UNCHOKE, INTERESTED, NOT_INTERESTED, HAVE, PORT, EXTENDED = 0, 1, 2, 3, 4, 9, 20
 KEEP_ALIVE = b"\0\0\0\0"
 
-_PERHAPS_TAKEN = frozenset((CHOKE, UNCHOKE, INTERESTED, NOT_INTERESTED, PORT, EXTENDED))
+_PERHAPS_TAKEN = frozenset((CHOKE, UNCHOKE, INTERESTED, NOT_INTERESTED, HAVE, PORT, EXTENDED))
 _SIGNAL_BYTES = 5
 _HEAD = Struct(">IBB")
 _LENGTH = Struct(">I")
@@ -90,7 +91,7 @@ class Part(NamedTuple):
     """A stretch of the stream.
 
     ``HANDSHAKE`` and ``FRAME`` carry the payload behind the extension id, ``PORT`` the whole message, as does
-    ``SIGNAL``: choke, unchoke, interested or not interested.
+    ``SIGNAL``: choke, unchoke, interested, not interested or have.
     """
 
     kind: Kind
@@ -164,7 +165,7 @@ class Demux:
             kind = Kind.FRAME if extension else Kind.HANDSHAKE
         elif code == PORT and length == 3:
             kind = Kind.PORT
-        elif code <= NOT_INTERESTED and length == 1:
+        elif code <= HAVE and length == (5 if code == HAVE else 1):
             kind = Kind.SIGNAL
         else:
             return None

@@ -181,6 +181,20 @@ async def test_who_has_no_turn_waits_only_so_long() -> None:
 
 
 @on_a_mock_clock
+async def test_who_gets_something_from_others_goes_on_waiting() -> None:
+    source = Source(1, [1e5, 1e5])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(source.turns.run)
+        for _ in range(5):
+            await trio.sleep(PATIENCE_S - 0.5)
+            source.turns.has_more(source.numbers[0, 1])
+        assert source.open == {(0, 0)}
+        await trio.sleep(PATIENCE_S + 0.5)
+        assert source.open == {(0, 0), (0, 1)}
+        nursery.cancel_scope.cancel()
+
+
+@on_a_mock_clock
 async def test_one_that_has_left_holds_nobody_up() -> None:
     source = Source(1, [1e5, 1e5])
     async with trio.open_nursery() as nursery:

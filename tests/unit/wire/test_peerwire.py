@@ -70,7 +70,8 @@ PASSING = st.one_of(
     st.just(KEEP_ALIVE),
     st.just(message(14)),
     st.builds(message, st.sampled_from([0, 1, 2, 3]), st.binary(min_size=1, max_size=60)),
-    st.builds(message, st.sampled_from([4, 5, 6, 7, 8, 13, 15, 16, 21, 22, 23, 250]), st.binary(max_size=60)),
+    st.builds(message, st.just(4), st.binary(max_size=3)),
+    st.builds(message, st.sampled_from([5, 6, 7, 8, 13, 15, 16, 21, 22, 23, 250]), st.binary(max_size=60)),
     st.builds(message, st.just(7), st.binary(min_size=16392, max_size=16392)),
     st.builds(extended_message, st.integers(1, 255).filter(lambda number: number != FRAME_ID), st.binary(max_size=60)),
     st.just(message(20)),
@@ -80,6 +81,7 @@ TAKEN = st.one_of(
     st.binary(max_size=300).map(lambda body: (Kind.HANDSHAKE, body, extended_message(0, body))),
     st.integers(0, 65535).map(lambda port: (Kind.PORT, port_message(port), port_message(port))),
     st.integers(0, 3).map(lambda code: (Kind.SIGNAL, signal_message(code), signal_message(code))),
+    st.binary(min_size=4, max_size=4).map(lambda piece: (Kind.SIGNAL, message(4, piece), message(4, piece))),
 )
 STREAM = st.lists(st.one_of(PASSING, TAKEN), max_size=12)
 
