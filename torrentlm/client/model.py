@@ -13,8 +13,9 @@ import trio
 from torrentlm.client.chat import ChatContext, chat_ids
 from torrentlm.client.encoding import encode
 from torrentlm.client.generation import GenerationResult, Options, RouteHop, generate
+from torrentlm.client.handles import ChosenAdapter, Links
 from torrentlm.client.route_finder import ROUTE_TIMEOUT_S, Directory, find_route
-from torrentlm.client.session import ChosenAdapter, Links, RemoteSession, open_session
+from torrentlm.client.session import RemoteSession, open_session
 from torrentlm.errors import ArtifactError, HolderLostError, LocalProtocolError, NetworkError, RefusedError
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.records import Stop

@@ -12,9 +12,9 @@ from typing import Any
 import trio
 
 from torrentlm.client.encoding import embed
+from torrentlm.client.handles import ChosenAdapter
 from torrentlm.client.model import ModelClient
 from torrentlm.client.pooling import Array
-from torrentlm.client.session import ChosenAdapter
 from torrentlm.compute.tokenizer import (
     context_length,
     decoder_start,

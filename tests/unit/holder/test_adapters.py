@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.swarm.nodes import in_trio
 from tests.unit.holder.chain import Chain, open_chain, publish_model, save_model, session_on
-from torrentlm.client.session import ChosenAdapter
+from torrentlm.client.handles import ChosenAdapter
 from torrentlm.errors import RefusedError
 from torrentlm.holder.adapters import Borrowed, NoAdapters
 from torrentlm.publish.published import Published

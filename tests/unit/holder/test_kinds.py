@@ -186,7 +186,7 @@ def test_what_no_encoder_made_for_this_session_ends_it_and_no_other(
         hops = kept.hops(chain, 1)
         options = {"batch": 2, "hops": hops, "encoded": made}
         async with session_on(chain, kept.id, **options) as healthy, session_on(chain, kept.id, **options) as hurt:
-            await chain.carry(CLIENT, hops[1].node, Encoded(hurt._handles[1], bad))
+            await chain.carry(CLIENT, hops[1].node, Encoded(hurt.handles.ids[1], bad))
             with pytest.raises((RefusedError, RemoteProtocolError)):
                 await hurt.step([[0], [0]])
             assert chain.holders[hops[1].node].sessions == 1
@@ -202,7 +202,7 @@ def test_what_an_encoder_made_comes_from_the_client_alone(published: Callable[[s
         made = await encoded(chain, kept, (0, 0))
         hops = kept.hops(chain, 1)
         async with session_on(chain, kept.id, batch=2, hops=hops, encoded=made) as session:
-            nonsense = Encoded(session._handles[1], (made[0],))
+            nonsense = Encoded(session.handles.ids[1], (made[0],))
             await chain.carry(hops[0].node, hops[1].node, nonsense)
             assert torch.equal(await generate(session, [[0], [0]], 4), greedy(kept.whole, TEXT, 4))
 

@@ -16,6 +16,7 @@ import trio.testing
 from transformers import PreTrainedModel
 
 from tests.unit.holder.chain import CLIENT, Chain, open_chain, publish_model, save_model, session_on
+from torrentlm.client.handles import Opening
 from torrentlm.client.session import RemoteSession
 from torrentlm.compute.border import unpack
 from torrentlm.errors import HolderLostError, LocalProtocolError, RefusedError
@@ -259,7 +260,7 @@ def test_a_history_that_does_not_fit_is_refused(tiny: Tiny, dtype: str, size: in
 
     async def body(chain: Chain) -> None:
         async with session_on(chain, tiny.id) as session:
-            order = Generate(session._handles[-1], 1, 5, 5, history=history)
+            order = Generate(session.handles.ids[-1], 1, 5, 5, history=history)
             await chain.carry(CLIENT, chain.hops[-1].node, order)
             with pytest.raises(RefusedError, match="does not fit this session"):
                 await session.step([PROMPT])
@@ -321,14 +322,14 @@ def test_a_full_kv_budget_is_refused_and_close_makes_room(tiny: Tiny) -> None:
 
 
 def test_a_vanished_clients_lease_runs_out(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torrentlm.client.session.LEASE_S", 0.4)
+    monkeypatch.setattr("torrentlm.client.handles.LEASE_S", 0.4)
     monkeypatch.setattr("torrentlm.holder.service.REAP_EVERY_S", 0.05)
 
     async def body(chain: Chain) -> None:
         async with session_on(chain, tiny.id) as session:
             await trio.sleep(1.0)
             assert all(holder.sessions == 1 and holder.kv_bytes > 0 for holder in chain.holders.values())
-            session._scope.cancel()  # the client renews no more, as if it had vanished
+            session.handles._scope.cancel()  # the client renews no more, as if it had vanished
             with trio.fail_after(5):
                 while any(holder.sessions for holder in chain.holders.values()):
                     await trio.sleep(0.02)
@@ -355,7 +356,7 @@ def test_steps_of_old_epochs_strangers_and_repeats_do_nothing(tiny: Tiny) -> Non
         async with session_on(chain, tiny.id) as session:
             first = unpack(await session.step([PROMPT]))
             await session.step([[9]], position=2)
-            stem, handle = chain.hops[0].node, session._handles[0]
+            stem, handle = chain.hops[0].node, session.handles.ids[0]
             before = len(chain.sent)
             for epoch, position in ((1, 5), (2, 2)):  # an old epoch; a step that is done already
                 step = Step(handle, epoch, position, position, Want.LOGITS_ALL, None, (ids_tensor([[7]]),), 1)
@@ -387,7 +388,7 @@ def test_steps_of_old_epochs_strangers_and_repeats_do_nothing(tiny: Tiny) -> Non
 def test_odd_steps_hurt_their_own_session_only(tiny: Tiny, odd: dict[str, Any]) -> None:
     async def body(chain: Chain) -> None:
         async with session_on(chain, tiny.id) as healthy, session_on(chain, tiny.id) as hurt:
-            step = Step(hurt._handles[0], 1, 0, 0, Want.LOGITS_ALL, None, (ids_tensor([[7]]),), 1)
+            step = Step(hurt.handles.ids[0], 1, 0, 0, Want.LOGITS_ALL, None, (ids_tensor([[7]]),), 1)
             await chain.holders[chain.hops[0].node].handle(CLIENT, replace(step, **odd))
             with trio.fail_after(5):
                 while not any(isinstance(message, Fail) for _, message in chain.sent):
@@ -439,7 +440,8 @@ def test_a_step_broken_off_does_not_answer_the_next(tiny: Tiny, monkeypatch: pyt
 def test_close_overtakes_an_open_that_is_being_built(tiny: Tiny) -> None:
     async def body(chain: Chain) -> None:
         async with session_on(chain, tiny.id) as session:
-            opened = replace(session._open_message(0, tiny.id, (0,), 0), session=SessionId(b"o" * 16))
+            opening = Opening(tiny.id, 1, session.max_length, (0,))
+            opened = replace(session.handles.open_message(0, opening), session=SessionId(b"o" * 16))
         holder = chain.holders[chain.hops[0].node]
         await holder.handle(CLIENT, opened)
         await holder.handle(CLIENT, Close(opened.session))
