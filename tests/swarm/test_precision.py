@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,18 @@ import torrentlm
 from tests.e2e import checkpoint
 from tests.e2e.processes import Seed, run
 from tests.swarm.nodes import in_trio
-from torrentlm.compute.measure import PRECISIONS, Prepared
-from torrentlm.config import NodeConfig
+from torrentlm.compute.costs import Measurement
+from torrentlm.compute.devices import DeviceInfo
+from torrentlm.compute.measure import PRECISIONS, Prepared, Sizes, measure
+from torrentlm.compute.precision import Precisions
+from torrentlm.config import NodeConfig, Recipe
 from torrentlm.errors import ConfigError
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.node.node import open_node
 from torrentlm.node.status import read_status
+from torrentlm.publish.publish import publish
 from torrentlm.records import Span
+from torrentlm.swarm.store import Store
 
 PROMPT = "Once upon a time"
 
@@ -97,3 +102,30 @@ async def test_a_named_precision_that_the_device_lacks(
         with pytest.raises(ConfigError, match=rf"{lacks}.* is not to be had on this device .*: choose F32 or "):
             await holder.hold(membership)
     assert not list((tmp_path / "blocks").glob("*.safetensors"))
+
+
+@in_trio(90)
+async def test_a_processor_that_is_slow_in_what_was_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without instructions for BF16 is measured, and keeps blocks in F32 where that is clearly faster."""
+    with Store(tmp_path / "node") as store:
+        source = checkpoint.make(tmp_path / "checkpoint")
+        magnet = publish(Recipe("Tiny", source, dtype="BF16"), store).magnet
+    monkeypatch.setattr("torrentlm.node.membership.instruction_sets", lambda: ("AVX2",))
+
+    def slow(devices: Sequence[DeviceInfo], folder: Path, say: object) -> tuple[Measurement, ...]:
+        """As it is, but that BF16 takes what it takes without its instructions."""
+        found = measure(devices[0], sizes=Sizes(side=64, prompt=4, working_set=1 << 18, copied=1 << 18))
+        rate = found.cost("F32").decode / 4
+        costs = tuple(replace(cost, decode=rate) if cost.precision == "BF16" else cost for cost in found.precisions)
+        return (replace(found, precisions=costs),)
+
+    monkeypatch.setattr("torrentlm.node.computing.measured", slow)
+    said: list[dict[str, Any]] = []
+    async with open_node(NodeConfig(tmp_path / "node", "127.0.0.1", 0, (), (), Span(0, 5)), said.append) as node:
+        membership = await node.join(magnet, timeout=30)
+        await node.hold(membership)
+        assert membership.precisions == Precisions("F32") and membership.manifest.dtype == "BF16"
+    [event] = [event for event in said if event["event"] == "precision"]
+    assert event["why"].startswith(
+        "BF16 takes this processor 4.0 times as long as F32; held instead: blocks 0-5 in F32"
+    )

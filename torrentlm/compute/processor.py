@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 X86_FLAGS = {
@@ -59,6 +59,18 @@ def instruction_sets() -> tuple[str, ...]:
     if platform.system() == "Darwin":
         return tuple(name for key, name in APPLE_KEYS.items() if _sysctl(key) == "1")
     return parse_instruction_sets(_cpuinfo())
+
+
+def computes_slowly(dtype: str, instructions: Collection[str]) -> bool:
+    """Whether a processor with these instruction sets may take longer for products in BF16 or F16 than in F32, for want
+    of instructions that read them: only measuring tells."""
+    return dtype in _READ_BY and not _READ_BY[dtype].intersection(instructions)
+
+
+_READ_BY = {
+    "BF16": frozenset(("AVX512-BF16", "AMX-BF16", "BF16")),
+    "F16": frozenset(("F16C", "AVX512", "AVX512-FP16", "AMX-FP16", "FP16")),
+}
 
 
 def parse_cpuinfo(text: str) -> Mapping[str, str]:

@@ -16,7 +16,8 @@ import trio
 
 from torrentlm.compute.costs import PrecisionCost
 from torrentlm.compute.device import Device
-from torrentlm.compute.measure import tried
+from torrentlm.compute.devices import choose, find_devices, whole
+from torrentlm.compute.measure import measured, tried
 from torrentlm.config import NodeConfig
 from torrentlm.errors import ConfigError
 from torrentlm.holder.adapters import Adapters
@@ -131,14 +132,22 @@ class Computing:
 
     # -- blocks
 
-    async def costs(self) -> Mapping[str, PrecisionCost]:
-        """Which precisions all devices have, tried now; their rates are not measured."""
+    async def costs(self, measure: bool) -> Mapping[str, PrecisionCost]:
+        """Which precisions all devices have: tried now, their rates measured if ``measure`` (3 s, then remembered)."""
         found: dict[str, PrecisionCost] = {}
         for device in {lane.device.torch_device: lane.device for lane in self.lanes}.values():
-            for precision, cost in (await device.run(tried, device.torch_device)).items():
+            for precision, cost in (await self._costs_of(device, measure)).items():
                 if cost.lacking or precision not in found:
                     found[precision] = cost
         return found
+
+    async def _costs_of(self, device: Device, measure: bool) -> Mapping[str, PrecisionCost]:
+        if not measure:
+            return await device.run(tried, device.torch_device)
+        [info] = choose([whole(device.label)], await trio.to_thread.run_sync(find_devices))
+        # What cannot be remembered is measured again; nobody need hear of it here.
+        [found] = await device.run(measured, [info], self._config.data, lambda sentence: None)
+        return {cost.precision: cost for cost in found.precisions}
 
     async def open(self, membership: Membership, span: Span) -> Served:
         """Get ready to serve ``span``, none of whose blocks need be here yet.

@@ -16,6 +16,7 @@ from pathlib import Path
 import trio
 
 from torrentlm.compute.precision import Cost, Precisions
+from torrentlm.compute.processor import instruction_sets
 from torrentlm.errors import ArtifactError, ConfigError, NetworkError, StorageError
 from torrentlm.manifest.adapter import FILE_NAME as ADAPTER_FILE_NAME
 from torrentlm.manifest.magnet import Magnet
@@ -24,7 +25,17 @@ from torrentlm.node.fetch import ALL_AT_ONCE, BlockFiles, say_waiting
 from torrentlm.node.memory import weights_bytes
 from torrentlm.node.parts import Parts
 from torrentlm.node.peers import ModelPeers
-from torrentlm.node.precisions import NOT_ASKED, Budget, asked_for, decide, enough, must_ask, reason, smallest
+from torrentlm.node.precisions import (
+    NOT_ASKED,
+    Budget,
+    asked_for,
+    decide,
+    enough,
+    must_ask,
+    must_measure,
+    reason,
+    smallest,
+)
 from torrentlm.node.sidecars import Sidecars
 from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord, Span
 from torrentlm.route.assign import choose_span, copies
@@ -41,8 +52,9 @@ SETTLE_S = 5.0
 UNANSWERED_S = 120.0
 """After so long without an answer from anybody, the magnet or the network is wrong."""
 
-Ask = Callable[[], Awaitable[Mapping[str, Cost]]]
-"""Tells what each precision costs on the device that computes. Only called where that may change something."""
+Ask = Callable[[bool], Awaitable[Mapping[str, Cost]]]
+"""Tells what each precision costs on the device that computes, measured if it is called with True, else only tried.
+Called only where that may change something."""
 
 
 class Membership:
@@ -199,7 +211,10 @@ class Membership:
         return span
 
     async def _costs(self, span: Span, budget: Budget, ask: Ask) -> Mapping[str, Cost]:
-        return await ask() if must_ask(self.manifest, self._parts.config, span, budget) else NOT_ASKED
+        asked = self.manifest, self._parts.config, span, budget
+        if must_measure(*asked, instruction_sets()):
+            return await ask(True)
+        return await ask(False) if must_ask(*asked) else NOT_ASKED
 
     async def _choose_span(self, budget: Budget, ask: Ask) -> tuple[Span, Budget]:
         """The span that fits as published; where not even one block does, one that fits in the least that is allowed.
@@ -209,7 +224,7 @@ class Membership:
         config, whole, guess = self._parts.config, Span(0, len(self.manifest.blocks) - 1), replace(budget, binds=False)
         kept = decide(self.manifest, config, whole, guess, await self._costs(whole, guess, ask))
         if config.precision == "auto" and min(sum(block.values()) for block in self._sizes(kept)) > budget.weights:
-            kept, budget = smallest(self.manifest, config, await ask()), replace(budget, binds=True)
+            kept, budget = smallest(self.manifest, config, await ask(False)), replace(budget, binds=True)
         return self._span_within(budget, kept), budget
 
     def _sizes(self, kept: Precisions) -> list[dict[str, int]]:

@@ -199,9 +199,9 @@ class Node:
                 await self._nursery.start(self._computing.run)
         return self._computing
 
-    async def _costs(self) -> Mapping[str, Cost]:
+    async def _costs(self, measure: bool) -> Mapping[str, Cost]:
         """What each precision costs on the devices; imports torch."""
-        return await (await self._compute()).costs()
+        return await (await self._compute()).costs(measure)
 
     @property
     def computing(self) -> Computing | None:

@@ -4,12 +4,13 @@ device's budget and what it can do.
 What fits the budget stays as it was published: exact, mapped from the disk, and decided without asking the device. So
 does what is only more than a guess of ours: blocks that find no room are loaded when they are asked for. Where the
 operator has named both a span and a budget, and the span is too large as published, as little of it as must be is
-kept in fewer bits.
+kept in fewer bits. And a processor that has no instructions for what was published is measured: where F32, which loses
+nothing, is clearly faster and fits, it is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -25,6 +26,7 @@ from torrentlm.compute.precision import (
     choose,
     configured,
 )
+from torrentlm.compute.processor import computes_slowly
 from torrentlm.config import NodeConfig
 from torrentlm.errors import ConfigError
 from torrentlm.manifest.manifest import Manifest
@@ -32,6 +34,8 @@ from torrentlm.node.memory import WEIGHTS_SHARE, weights_budget, weights_bytes
 from torrentlm.records import Span, spans_of
 
 UNLIMITED = 1 << 62
+FASTER = 1.3
+"""How much faster F32 must be than what was published: it takes twice the memory, and copies what is mapped."""
 NOT_ASKED: Mapping[str, Cost] = {name: PrecisionCost(name) for name in FINEST_FIRST}
 """For a device that need not be asked: it has every precision."""
 
@@ -91,6 +95,17 @@ def must_ask(manifest: Manifest, config: NodeConfig, span: Span, budget: Budget)
     return (may_lack and used != {"F32"}) or bytes_of(manifest, span, wanted) > budget.limit
 
 
+def must_measure(
+    manifest: Manifest, config: NodeConfig, span: Span, budget: Budget, instructions: Collection[str]
+) -> bool:
+    """Whether F32 may be faster than what was published, on a processor with these instruction sets, and could be
+    held."""
+    wanted, wide = asked_for(manifest, config), Precisions("F32")
+    free = config.precision == "auto" and not config.precision_of and not budget.accelerates
+    slow = free and computes_slowly(wanted.compute, instructions)
+    return slow and bytes_of(manifest, span, wide) <= budget.weights
+
+
 def decide(
     manifest: Manifest, config: NodeConfig, span: Span, budget: Budget, costs: Mapping[str, Cost] = NOT_ASKED
 ) -> Precisions:
@@ -106,11 +121,19 @@ def decide(
             raise ConfigError(_too_large(span, budget, needed, wanted, "needs"))
         return wanted
     if needed <= budget.limit and not costs[wanted.compute].lacking:
-        return wanted
+        return Precisions("F32") if _slower(manifest, config, span, budget, costs) > FASTER else wanted
     try:
         return _choose(manifest, config, span, budget.limit, costs)
     except TooLargeError as error:
         raise ConfigError(_too_large(span, budget, error.least, error.precisions, "needs at least")) from error
+
+
+def _slower(manifest: Manifest, config: NodeConfig, span: Span, budget: Budget, costs: Mapping[str, Cost]) -> float:
+    """How many times as long as in F32 a token takes in what was published, by measurement; 0 where that is nothing to
+    go by."""
+    published, wide = costs[asked_for(manifest, config).compute], costs["F32"]
+    held = not config.precision_of and bytes_of(manifest, span, Precisions("F32")) <= budget.weights
+    return wide.decode / published.decode if held and published.decode and not wide.lacking else 0.0
 
 
 def smallest(manifest: Manifest, config: NodeConfig, costs: Mapping[str, Cost] = NOT_ASKED) -> Precisions:
@@ -154,6 +177,8 @@ def reason(
         return ""
     if lacking := costs[wanted.compute].lacking:
         why = f"this device lacks {wanted.compute} ({lacking.rstrip('.')})"
+    elif (slower := _slower(manifest, config, span, budget, costs)) > FASTER and decided == Precisions("F32"):
+        why = f"{wanted.compute} takes this processor {slower:.1f} times as long as F32"
     else:
         why = (
             f"blocks {span} need {bytes_of(manifest, span, wanted) / 1e6:,.1f} MB for weights in {wanted.said(span)}, "

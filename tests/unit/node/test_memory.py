@@ -56,7 +56,7 @@ def chosen(member: Membership, *, asked: bool) -> Span | None:
     """What it chooses, and whether it had to ask what the device can do."""
     asks = []
 
-    async def ask() -> Mapping[str, Cost]:
+    async def ask(measure: bool) -> Mapping[str, Cost]:
         asks.append(True)
         return NOT_ASKED
 

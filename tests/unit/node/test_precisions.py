@@ -17,7 +17,17 @@ from torrentlm.errors import ConfigError
 from torrentlm.manifest import canonical
 from torrentlm.manifest.canonical import TensorSpec
 from torrentlm.manifest.manifest import BlockEntry, BlockFile, FileEntry, Manifest, Side
-from torrentlm.node.precisions import NOT_ASKED, Budget, asked_for, bytes_of, decide, must_ask, reason, smallest
+from torrentlm.node.precisions import (
+    NOT_ASKED,
+    Budget,
+    asked_for,
+    bytes_of,
+    decide,
+    must_ask,
+    must_measure,
+    reason,
+    smallest,
+)
 from torrentlm.records import Span
 
 LAYERS = 6
@@ -167,3 +177,37 @@ def test_what_is_decided_fits_as_memory_counts_it(first: int, last: int, percent
     assert bytes_of(held, span, found) <= limit
     assert (found == Precisions("BF16")) == (percent >= 100 or not found.stored)
     assert all(held.blocks[block].kind == "layers" for block in found.stored)
+
+
+def measured_as(**decode: float) -> Mapping[str, PrecisionCost]:
+    return {name: PrecisionCost(name, decode=decode.get(name, 1.0)) for name in FINEST_FIRST}
+
+
+WIDE = bytes_of(model(), WHOLE, Precisions("F32"))
+
+
+def test_only_processors_that_may_be_slow_and_have_the_room_are_measured() -> None:
+    old, new = ("AVX2", "F16C"), ("AVX2", "F16C", "AVX512", "AVX512-BF16")
+    assert must_measure(model(), NodeConfig(), WHOLE, budget(WIDE), old)
+    assert must_measure(model(), NodeConfig(), WHOLE, budget(WIDE, binds=False), old)
+    assert not must_measure(model(), NodeConfig(), WHOLE, budget(WIDE), new)
+    assert not must_measure(model(dtype="F32"), NodeConfig(), WHOLE, budget(WIDE), old)
+    assert not must_measure(model(dtype="F16"), NodeConfig(), WHOLE, budget(WIDE), old)
+    assert must_measure(model(dtype="F16"), NodeConfig(), WHOLE, budget(WIDE), ("AVX2",))
+    assert not must_measure(model(), NodeConfig(), WHOLE, budget(WIDE - 1), old)
+    assert not must_measure(model(), NodeConfig(precision="BF16"), WHOLE, budget(WIDE), old)
+    assert not must_measure(model(), NodeConfig(precision_of=((Span(1, 1), "INT8"),)), WHOLE, budget(WIDE), old)
+    assert not must_measure(model(), NodeConfig(), WHOLE, GPU, old)
+
+
+def test_f32_is_taken_where_what_was_published_is_clearly_slower_and_it_fits() -> None:
+    slow = measured_as(F32=3.0, BF16=1.0)
+    room = budget(WIDE)
+    assert decide(model(), NodeConfig(), WHOLE, room, slow) == Precisions("F32")
+    said = reason(model(), NodeConfig(), WHOLE, room, Precisions("F32"), slow)
+    assert said.startswith("BF16 takes this processor 3.0 times as long as F32; held instead: blocks 0-7 in F32, ")
+    assert decide(model(), NodeConfig(), WHOLE, room, measured_as(F32=1.2)) == Precisions("BF16")
+    assert decide(model(), NodeConfig(), WHOLE, budget(WIDE - 1), slow) == Precisions("BF16")
+    assert decide(model(), NodeConfig(), WHOLE, budget(WIDE - 1, binds=False), slow) == Precisions("BF16")
+    assert decide(model(), NodeConfig(precision="BF16"), WHOLE, room, slow) == Precisions("BF16")
+    assert decide(model(), NodeConfig(), WHOLE, room, measured_as(F32=3.0, BF16=0.0)) == Precisions("BF16")  # untold
