@@ -28,8 +28,9 @@ DIFFERS = (
 )
 ROWS = 4
 """Prompts: some models pick a few of the earlier tokens, and not in every prompt others when it comes in parts."""
-ALIKE = 1e-4
-"""How far apart values may be in F32, as a share of one more than the largest."""
+ALIKE = 1e-3
+"""How far apart values may be in F32, as a share of one more than the largest: rounding is seen up to 1e-4, in models
+that add many large values up; another choice of tokens changes far more."""
 
 
 def require_same_in_parts(
@@ -115,10 +116,13 @@ def _rows(encoded: Encoded) -> Encoded:
 
 
 def _differ(at_once: torch.Tensor, last: torch.Tensor, sizes: Sequence[int]) -> bool:
-    """Of values that there are for each token, those of the last few; of others nothing is said."""
-    if at_once.dim() < 2 or at_once.shape[1] != sum(sizes) or last.shape[1] != sizes[-1]:
+    """Of values that there are for each token, along whichever dimension, those of the last few; of others nothing is
+    said.
+    """
+    along = [dim for dim, size in enumerate(at_once.shape) if size == sum(sizes)]
+    if len(along) != 1 or last.shape != (*at_once.shape[: along[0]], sizes[-1], *at_once.shape[along[0] + 1 :]):
         return False
-    expected, found = at_once[:, -sizes[-1] :].float(), last.float()
+    expected, found = at_once.narrow(along[0], sum(sizes) - sizes[-1], sizes[-1]).float(), last.float()
     same = (expected == found) | (expected.isnan() & found.isnan())
     difference = float((expected - found).abs().nan_to_num(torch.inf).masked_fill(same, 0.0).max())
     return difference > ALIKE * (1 + float(expected.abs().nan_to_num(0.0, posinf=0.0).max()))

@@ -22,7 +22,7 @@ from torrentlm.compute.span import SpanRunner
 from torrentlm.config import Recipe
 from torrentlm.errors import RefusedError, UnsupportedModelError
 from torrentlm.manifest.sidecar import Libraries, Sidecar
-from torrentlm.publish import proof
+from torrentlm.publish import in_parts, proof
 from torrentlm.publish import publish as publishing
 from torrentlm.publish.proof import Proof, prove
 from torrentlm.publish.publish import publish
@@ -319,3 +319,14 @@ def test_a_whole_model_that_fails(folder: Path, store: Store, monkeypatch: pytes
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     refused(folder, store, "this machine lacks something")
+
+
+@pytest.mark.parametrize("along", [0, 1, 2])
+def test_parts_are_compared_along_the_tokens_wherever_these_are(along: int) -> None:
+    whole = torch.rand(4, 40, 3).transpose(1, along)
+    last = whole.narrow(along, 32, 8).clone()
+    assert not in_parts._differ(whole, last, [18, 14, 8])
+    other = last.clone()
+    other[(-1, -1, -1)] += 0.1
+    assert in_parts._differ(whole, other, [18, 14, 8])
+    assert not in_parts._differ(whole[:, :2], other, [18, 14, 8])  # not of each token
