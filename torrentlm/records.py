@@ -91,17 +91,20 @@ def spans_of(blocks: Iterable[int]) -> tuple[Span, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What one device of a node runs of a model: a hop of a route is within one. Fields as in PeerRecord."""
+    """Blocks of a model that one device of a node runs: those in its memory, or those that are offloaded, which take
+    longer. ``number`` says which device: a hop of a route is within one. The other fields are as in PeerRecord.
+    """
 
     span: Span
     device: str = "cpu"
     precision: str = "F32"
     block_ms: float = 0.0
     sessions: int = 0
+    number: int = 0
 
 
 MAX_LANES = 32
-"""Devices that one node computes on; it leaves more of them alone."""
+"""Devices that one node computes on; it leaves more of them alone. A record has as many Lanes at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ class PeerRecord:
     layer block and one token, in milliseconds (0: not measured yet). ``sequence`` grows with every change.
     ``adapters``: bytes of adapters that it takes for sessions (0: it applies none). ``fetching``: blocks of which
     pieces are still to come, whatever it wants them for. ``lanes``: which of ``resident`` and ``offered`` each of its
-    devices runs; () where there is only one.
+    devices runs; () where there is only one, and nothing is offloaded.
     """
 
     node: NodeKey

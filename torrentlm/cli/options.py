@@ -42,6 +42,7 @@ _MACHINE: tuple[Decorator, ...] = (
     click.option("--devices", metavar="auto|NAME,…", help="What to compute on, such as cpu or cuda:0,cuda:1."),
     click.option("--ram", metavar="SIZE", help="Memory budget, such as 4GB."),
     click.option("--vram", metavar="SIZE", help="Memory budget of each accelerator."),
+    click.option("--offload", metavar="SIZE", help="RAM for blocks that accelerators have no room for. [default: off]"),
     click.option("--disk", metavar="SIZE", help="Disk budget."),
     click.option("--precision", metavar="|".join(PRECISIONS), help="What to keep and compute weights in."),
     click.option("--precision-of", metavar="A-B=NAME,…", help="Another precision for some blocks."),

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from torrentlm.compute.border import from_wire, pack, to_wire, unpack
 from torrentlm.compute.cache import SpanCache
 from torrentlm.compute.inputs import Encoded
+from torrentlm.compute.offload import Offload
 from torrentlm.compute.span import SpanRunner
 from torrentlm.compute.split import Hints, Split
 from torrentlm.compute.weights import Names, Quantization
@@ -59,6 +60,7 @@ class Part:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         quantization: Quantization | None = None,
+        offload: Offload | None = None,
     ) -> SpanRunner:
         """What runs it. Raises as SpanRunner does."""
         return SpanRunner(
@@ -72,6 +74,7 @@ class Part:
             dtype=dtype,
             device=device,
             quantization=quantization,
+            offload=offload,
         )
 
 

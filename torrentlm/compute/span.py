@@ -36,6 +36,7 @@ from torrentlm.compute.conversion import convert_all
 from torrentlm.compute.device import memory_errors
 from torrentlm.compute.inputs import FILLER, Encoded
 from torrentlm.compute.lean import make_lean
+from torrentlm.compute.offload import Offload, Turns
 from torrentlm.compute.probe import entry_tensors, put_entries
 from torrentlm.compute.quantization.recipe import matrices
 from torrentlm.compute.sizes import Point
@@ -50,7 +51,8 @@ from torrentlm.wire.messages import Want
 class SpanRunner:
     """Layers ``first`` to ``last`` (``last = first - 1``: none), with the stem or the head if asked for, on one device.
 
-    ``weights`` are the span's block files, ``quantization`` says which of them are kept in fewer bits; runners in one
+    ``weights`` are the span's block files, ``quantization`` says which of them are kept in fewer bits, ``offload``
+    which stay in the processor's memory; runners in one
     process share what they load from the same file. One forward at a time: calls from several threads queue up.
     ``vocabulary``: how many token ids the model knows. The constructor raises ArtifactError for unusable block files,
     StorageError for unreadable ones, UnsupportedModelError when transformers cannot build the model.
@@ -69,6 +71,7 @@ class SpanRunner:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         quantization: Quantization | None = None,
+        offload: Offload | None = None,
     ) -> None:
         if not 0 <= first <= last + 1 <= split.layers or not (first <= last or has_stem or has_head):
             raise LocalProtocolError(f"layers {first} to {last} are no span of a model of {split.layers} layers")
@@ -84,12 +87,13 @@ class SpanRunner:
         known = frozenset(name for name, _ in named_weights(self._model))
         convert = partial(convert_all, self._model, known=known)
         eligible = matrices(self._model) if quantization is not None and quantization.kinds else {}
-        held = Weights(weights, dtype, self.device, convert, quantization, eligible)
+        held = Weights(weights, dtype, self.device, convert, quantization, eligible, offload)
         self._weights: Weights | None = held
         self._attach(held.tensors)
         self._runs = self._model.get_submodule(split.module)
         self.vocabulary = vocabulary_of(self._model)
         self._running = threading.Lock()
+        self._turns = Turns(offload, first)
         self._step: _Step | None = None
         self._output = split.inputs.output
         self._swap_layers()
@@ -99,6 +103,7 @@ class SpanRunner:
         """Let go of all weights, now; nothing can be run any more."""
         with self._running:
             self._weights = None
+            self._turns = Turns(None, 0)
             for module in self._model.modules():
                 for name in (*module._parameters, *module._buffers):
                     module.__dict__.pop(name, None)  # where make_lean put them
@@ -231,7 +236,8 @@ class SpanRunner:
             known[TokenIds()] = ids
         self._step = step = _Step(cache, point, logits, known)
         try:
-            made = getattr(self._runs(**self._arguments(cache, point, ids)), self._output)
+            with self._turns.step():
+                made = getattr(self._runs(**self._arguments(cache, point, ids)), self._output)
         except _Leave:
             wanted = self.split.borders[self.layers.stop].slots
             made = (step.known[slot] for slot in wanted)
@@ -337,6 +343,7 @@ class SpanRunner:
                 for place, slot in carried.items():
                     step.known.setdefault(slot, at((args, kwargs), place))
             result = forward(*args, **kwargs)
+            self._turns.behind(number)
             if keep := self._keep[number]:
                 tensors = flatten(result)[0] + entry_tensors(self.split.calls[number].maps, args, kwargs)
                 step.known.update((slot, tensors[slot.index]) for slot in keep)

@@ -19,10 +19,11 @@ from torch import nn
 
 from torrentlm.compute.border import DTYPES, aligned, view_of
 from torrentlm.compute.device import memory_errors
+from torrentlm.compute.offload import Offload
 from torrentlm.compute.quantization.kept import find, keep, key_of
 from torrentlm.compute.quantization.narrow import AS_PUBLISHED, LEAST, Narrow
 from torrentlm.compute.quantization.recipe import quantized
-from torrentlm.compute.quantization.tensor import QuantizedTensor
+from torrentlm.compute.quantization.tensor import QuantizedTensor, moved
 from torrentlm.compute.skeleton import replace_parameters
 from torrentlm.errors import ArtifactError, StorageError
 from torrentlm.manifest.canonical import FLOATING, Layout, read_layout
@@ -73,8 +74,7 @@ class BlockWeights:
 
 
 class QuantizedWeights:
-    """A block's tensors by their names in the model; matrices are kept in INT8 or INT4, or in the file's own type, on
-    one device.
+    """A block's tensors by their names in the model; matrices are kept in INT8 or INT4, or in the file's own type.
 
     Made tensor by tensor from a mapped file: at no time are there two copies of more than one.
     """
@@ -93,13 +93,13 @@ class QuantizedWeights:
         kept = key_of(file.name, {**dict.fromkeys(named, False), **how.matrices}, how.kind, how.dtype)
         found = None if how.cache is None else find(how.cache, kept, how.dtype, map_file)
         if found is not None:
-            self.tensors = {name: _moved(tensor, how.device) for name, tensor in found.items()}
+            self.tensors = {name: moved(tensor, how.home) for name, tensor in found.items()}
             return
         self.tensors = {}
         for name, tensor in convert(named):
-            whole = _to(tensor, how.dtype, how.device) if name not in how.matrices else tensor.to(how.device)
+            whole = _to(tensor, how.dtype, how.home) if name not in how.matrices else tensor.to(how.device)
             if name in how.matrices:
-                whole = quantized(whole, how.kind, how.dtype, how.matrices[name])
+                whole = moved(quantized(whole, how.kind, how.dtype, how.matrices[name]), how.home)
             self.tensors[name] = whole
         if how.cache is not None:
             keep(how.cache, kept, self.tensors)
@@ -107,13 +107,20 @@ class QuantizedWeights:
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """How a block is quantized: which of its tensors in the model may be, and whether they lie turned."""
+    """How a block is quantized: which of its tensors in the model may be, and whether they lie turned; on ``device``,
+    and then kept on ``keep_on``, if that is another.
+    """
 
     kind: str
     matrices: Mapping[str, bool]
     dtype: torch.dtype
     device: torch.device
     cache: Path | None
+    keep_on: torch.device | None = None
+
+    @property
+    def home(self) -> torch.device:
+        return self.keep_on or self.device
 
 
 _in_use: WeakValueDictionary[tuple[object, ...], BlockWeights | QuantizedWeights] = WeakValueDictionary()
@@ -125,8 +132,8 @@ class Weights:
     """The weights of a span under the model's names, floating point ones in ``dtype``, all on ``device``.
 
     ``matrices`` are the model's names of what may be quantized, and whether it lies as [in, out]; they are where
-    ``quantization`` says so. Raises ArtifactError for a broken file or a tensor that gets no name, StorageError for an
-    unreadable file.
+    ``quantization`` says so. Files that are offloaded are loaded already. Raises ArtifactError for a broken file or a
+    tensor that gets no name, StorageError for an unreadable file.
     """
 
     def __init__(
@@ -137,10 +144,14 @@ class Weights:
         convert: Convert = lambda named: named.items(),
         quantization: Quantization | None = None,
         matrices: Mapping[str, bool] | None = None,
+        offload: Offload | None = None,
     ) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self._files: list[BlockWeights | QuantizedWeights] = []
         for path, names in files:
+            if offload is not None and (block := offload.blocks.get(path.name)) is not None:
+                self.tensors |= offload.stage.tensors(block)
+                continue
             kind = None if quantization is None else quantization.kinds.get(path.name)
             if kind is None or quantization is None:
                 file = load_block(path, dtype, device)
@@ -214,7 +225,7 @@ def load_block(path: Path, dtype: torch.dtype, device: torch.device) -> BlockWei
 
 def load_quantized(path: Path, names: Names, convert: Convert, how: How) -> QuantizedWeights:
     """As ``load_block``, for a block that is kept in fewer bits, under the model's names."""
-    which = (*_state(path), tuple(map(tuple, names)), how.kind, how.dtype, how.device)
+    which = (*_state(path), tuple(map(tuple, names)), how.kind, how.dtype, how.device, how.home)
     prefixes = tuple(there for _, there in names)
     with _loading:
         loaded = _in_use.get(which)
@@ -225,6 +236,14 @@ def load_quantized(path: Path, names: Names, convert: Convert, how: How) -> Quan
                 loaded = QuantizedWeights(file, _named(file, names), convert, replace(how, matrices=own))
             _in_use[which] = loaded
         return loaded
+
+
+def read_block(path: Path, names: Names, convert: Convert, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a block under the model's names, in ``dtype`` in the processor's memory; each is made when it is
+    asked for, or lies in the file. Raises as ``load_block``.
+    """
+    for name, tensor in convert(_named(BlockWeights(path, None, _CPU), names)):
+        yield name, _to(tensor, dtype, _CPU)
 
 
 def _state(path: Path) -> tuple[object, ...]:
@@ -245,12 +264,6 @@ def _narrow(tensor: torch.Tensor, how: How) -> torch.Tensor:
     if not tensor.is_floating_point() or tensor.dtype == how.dtype or tensor.numel() < LEAST:
         return _to(tensor, how.dtype, how.device)
     return QuantizedTensor(Narrow(tensor.to(how.device)), how.dtype)
-
-
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if isinstance(tensor, QuantizedTensor):
-        return QuantizedTensor(tensor.packed.to(device), tensor.dtype, tensor.turned)
-    return tensor.to(device)
 
 
 def map_file(

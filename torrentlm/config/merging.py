@@ -77,6 +77,7 @@ NODE_KEYS = {
     "devices": DEVICES,
     "ram": BUDGET,
     "vram": BUDGET,
+    "offload": BOUND,
     "disk": BUDGET,
     "precision": PRECISION,
     "precision_of": PRECISION_OF,

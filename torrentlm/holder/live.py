@@ -8,7 +8,7 @@ import trio
 
 from torrentlm.holder.adapters import Borrowed
 from torrentlm.holder.execution import Execution
-from torrentlm.holder.memory import Pin
+from torrentlm.holder.memory import Pins
 from torrentlm.holder.session import Session
 from torrentlm.wire.messages import Step
 
@@ -21,7 +21,7 @@ class Live:
     execution: Execution
     kv_bytes: int
     queue: trio.MemorySendChannel[Step]
-    pin: Pin
+    pin: Pins
     borrowed: Borrowed | None = None
     queued_bytes: int = 0
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)

@@ -204,6 +204,33 @@ class Pin:
             self._memory.release(keys)
 
 
+class Pins:
+    """Several pins as one."""
+
+    def __init__(self) -> None:
+        self._pins: list[Pin] = []
+
+    def add(self, pin: Pin) -> None:
+        self._pins.append(pin)
+
+    def release(self) -> None:
+        for pin in self._pins:
+            pin.release()
+
+
+async def pin_all(*wanted: tuple[Memory, Sequence[Unit]]) -> Pins:
+    """Have the units of each of several memories there, one memory after the other. Raises as ``Memory.pin``."""
+    pins = Pins()
+    try:
+        for memory, units in wanted:
+            if units:
+                pins.add(await memory.pin(units))
+    except BaseException:
+        pins.release()
+        raise
+    return pins
+
+
 def _too_little(shortage: Shortage | None) -> str:
     if shortage is None:
         return "this holder is busy loading blocks for others: try again later"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,9 +32,11 @@ from torrentlm.compute.weights import (
     QuantizedWeights,
     load_block,
     load_quantized,
+    read_block,
 )
 from torrentlm.errors import RefusedError
 from torrentlm.holder.memory import Unit, UnitKey
+from torrentlm.holder.offloading import Offloading
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.manifest.sidecar import Sidecar
 from torrentlm.records import Span, spans_of
@@ -62,7 +64,8 @@ class HeldModel:
     ``allow_code`` are the hashes of models' own code that may run; ``sizes`` are the bytes that each file takes in
     memory, by its name, those on the disk if not given. ``arrived`` are the blocks of ``span`` whose files are
     complete, all if not given; others may arrive later. ``stored`` are the blocks that are kept in INT8 or INT4,
-    ``quantized`` is the folder where these are kept on disk, if anywhere.
+    ``quantized`` is the folder where these are kept on disk, if anywhere. ``offloaded`` are the blocks that stay in
+    the processor's memory and come to the device when they run (holder/offloading.py).
 
     ``like`` holds other blocks of the same model: what both need to know of it is then worked out once.
 
@@ -85,6 +88,7 @@ class HeldModel:
         stored: Mapping[int, str] | None = None,
         quantized: Path | None = None,
         like: HeldModel | None = None,
+        offloaded: Sequence[int] = (),
     ) -> None:
         self.id = id
         self.manifest = manifest
@@ -101,6 +105,9 @@ class HeldModel:
             analyse_sides(self._config, hints_of(manifest)) if like is None else like._sides
         )
         require_same_cut(manifest, self._sides)
+        self.offloading = Offloading(
+            id, manifest, offloaded, self._sizes, self.device, self._form, self._load_aside, lambda: self._dtypes
+        )
         self._arrived: set[int] = set(span if arrived is None else arrived)
         self._runners: OrderedDict[Span, SpanRunner] = OrderedDict()
         self._retired: WeakKeyDictionary[SpanRunner, Span] = WeakKeyDictionary()
@@ -115,10 +122,19 @@ class HeldModel:
         self._arrived.add(block)
 
     def units(self, span: Span) -> list[Unit]:
-        """The block files of ``span``, each once, as memory holds them. RefusedError if one is not here."""
+        """The block files of ``span``, each once, as the device's memory holds them, and what it needs for those that
+        are offloaded. RefusedError if one is not here.
+        """
         self._require(span)
-        names = [file.name for file in self.manifest.span_files(span.first, span.last)]
-        return [Unit(name, self._form(name), self._sizes[name], partial(self._load, name)) for name in names]
+        aside = self.offloading.names(span)
+        names = [file.name for file in self.manifest.span_files(span.first, span.last) if file.name not in aside]
+        files = [Unit(name, self._form(name), self._sizes[name], partial(self._load, name)) for name in names]
+        return files + self.offloading.slabs(span)
+
+    def units_aside(self, span: Span) -> list[Unit]:
+        """The offloaded blocks of ``span``, as the processor's memory holds them. RefusedError if one is not here."""
+        self._require(span)
+        return self.offloading.units(span)
 
     def _form(self, name: str) -> str:
         """What a file's weights are kept in."""
@@ -128,8 +144,7 @@ class HeldModel:
         path, dtype = self._paths[name], DTYPES[self.precisions.compute]
         if name not in self._forms:
             return [load_block(path, dtype, self.device)]
-        matrices, convert = self._eligible
-        how = How(self._forms[name], matrices, dtype, self.device, self._quantized)
+        how, convert = self._how(name)
         names = {
             used.names
             for block in self.span
@@ -137,6 +152,26 @@ class HeldModel:
             if self.manifest.files[used.file].name == name
         }
         return [load_quantized(path, called, convert, how) for called in sorted(names)]
+
+    def _load_aside(self, block: int) -> Iterable[tuple[str, torch.Tensor]]:
+        """The weights of a block with one file of its own."""
+        [used] = self.manifest.blocks[block].files
+        name = self.manifest.files[used.file].name
+        how, convert = self._how(name, torch.device("cpu"))
+        if name not in self._forms:
+            return read_block(self._paths[name], used.names, convert, how.dtype)
+        return load_quantized(self._paths[name], used.names, convert, how).tensors.items()
+
+    def _how(self, name: str, keep_on: torch.device | None = None) -> tuple[How, Convert]:
+        matrices, convert = self._eligible
+        dtype = DTYPES[self.precisions.compute]
+        return How(self._form(name), matrices, dtype, self.device, self._quantized, keep_on), convert
+
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """What the model's code has each of its weights in."""
+        model = build_skeleton(self._config, DTYPES[self.precisions.compute], self.device)
+        return {name: tensor.dtype for name, tensor in named_weights(model)}
 
     @cached_property
     def _eligible(self) -> tuple[Mapping[str, bool], Convert]:
@@ -146,18 +181,24 @@ class HeldModel:
         return matrices_of(model), partial(convert_all, model, known=known)
 
     def blocks_of(self, keys: Collection[UnitKey]) -> list[int]:
-        """The blocks whose every file is among ``keys``."""
-        names = {name for name, form in keys if form == self._form(name)}
-        return [block for block in self.span if all(file.name in names for file in self.manifest.block_files(block))]
+        """The blocks that can run with what is there: ``keys`` of the device's memory, and of the processor's."""
+        names, aside = {name for name, form in keys if form == self._form(name)}, self.offloading
+        return [
+            block
+            for block in self.span
+            if (block in aside.blocks and aside.there(block, keys))
+            or all(file.name in names for file in self.manifest.block_files(block))
+        ]
 
     def let_go(self, keys: Collection[UnitKey]) -> None:
         """Drop what keeps these files in memory. No session uses them."""
         for span, runner in self._runners.items():
             self._retired[runner] = span
         for runner, span in list(self._retired.items()):
-            if any(unit.key in keys for unit in self.units(span)):
+            if any(unit.key in keys for unit in (*self.units(span), *self.units_aside(span))):
                 runner.close()
                 self._runners.pop(span, None)
+        self.offloading.let_go(keys)
 
     def _require(self, span: Span) -> None:
         if not self._arrived.issuperset(span):
@@ -207,8 +248,14 @@ class HeldModel:
         return self._sides[self.manifest.side_of(block)]
 
     def worth_checking(self, blocks: Collection[int]) -> list[int]:
-        """A few of ``blocks`` to compare with what was recorded, layers first: they have the most code of their own."""
-        return sorted(blocks, key=lambda block: (self.manifest.blocks[block].kind != "layers", block))[:RECHECK_BLOCKS]
+        """A few of ``blocks`` to compare with what was recorded, layers first: they have the most code of their own.
+
+        Offloaded ones come last: as published they may need memory that they do not have on the device.
+        """
+        entries, aside = self.manifest.blocks, self.offloading.blocks
+        return sorted(blocks, key=lambda block: (entries[block].kind != "layers", block in aside, block))[
+            :RECHECK_BLOCKS
+        ]
 
     def recheck(self, blocks: Sequence[int], sidecar: Sidecar) -> Rechecked | None:
         """Compare one of ``blocks`` with what the sidecar recorded; None if it has nothing for any of them. Blocks.
@@ -257,4 +304,5 @@ class HeldModel:
         part = part_of(manifest, span, self._paths)
         dtype, device = computed or (DTYPES[self.precisions.compute], self.device)
         quantization = Quantization({} if exact else self._forms, self._quantized)
-        return part.runner(self._config, self.split_of(span.first), dtype, device, quantization)
+        offload = None if computed else self.offloading.of(span, self._forms if exact else ())
+        return part.runner(self._config, self.split_of(span.first), dtype, device, quantization, offload)

@@ -18,7 +18,7 @@ from torrentlm.holder.adapters import Adapters, Borrowed, NoAdapters
 from torrentlm.holder.execution import Execution, Result
 from torrentlm.holder.failures import explain, failure
 from torrentlm.holder.live import Live
-from torrentlm.holder.memory import Memory, Pin, UnitKey
+from torrentlm.holder.memory import Memory, Pins, UnitKey, pin_all
 from torrentlm.holder.model import HeldModel
 from torrentlm.holder.session import Session
 from torrentlm.records import NodeKey, SessionId, Span
@@ -63,8 +63,8 @@ class Outbox(Protocol):
 
 
 class Holder:
-    """Owns every session on one device of this node. ``memory`` holds the weights; ``kv_budget`` in bytes bounds the
-    KV-caches of all sessions together.
+    """Owns every session on one device of this node. ``memory`` holds the weights, ``aside`` those that are offloaded;
+    ``kv_budget`` in bytes bounds the KV-caches of all sessions together.
 
     ``changed`` is called when a session opens or ends, ``faulty`` when something failed that the device may be to blame
     for. A session whose client does not renew it for ``max_lease`` seconds, or for the shorter time it asked for, is
@@ -79,6 +79,7 @@ class Holder:
         memory: Memory,
         *,
         kv_budget: int,
+        aside: Memory | None = None,
         max_lease: float = 600.0,
         adapters: Adapters | None = None,
         changed: Callable[[], None] = lambda: None,
@@ -88,7 +89,8 @@ class Holder:
         self._outbox = outbox
         self._device = device
         self.memory = memory
-        memory.evicted = self._let_go
+        self._aside = aside or Memory(0, free=lambda: 0)
+        self.memory.evicted = self._aside.evicted = self._let_go
         self.kv_budget = kv_budget
         self._max_lease = max_lease
         self._adapters = adapters or NoAdapters()
@@ -133,6 +135,7 @@ class Holder:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self.memory.watch)
+                nursery.start_soon(self._aside.watch)
                 task_status.started()
                 while True:
                     await trio.sleep(REAP_EVERY_S)
@@ -229,7 +232,7 @@ class Holder:
             raise RefusedError(f"this holder serves {MAX_SESSIONS} sessions already: try again later", "busy")
         span = Span(message.first, message.last)
         borrowed, live = None, None
-        pin = await self.memory.pin(model.units(span))
+        pin = await pin_all((self.memory, model.units(span)), (self._aside, model.units_aside(span)))
         try:
             if message.adapter is not None:
                 borrowed = await self._adapters.borrow(model.id, message.adapter, span)
@@ -242,7 +245,7 @@ class Holder:
         return live
 
     async def _admit(
-        self, client: NodeKey, message: Open, model: HeldModel, pin: Pin, borrowed: Borrowed | None
+        self, client: NodeKey, message: Open, model: HeldModel, pin: Pins, borrowed: Borrowed | None
     ) -> Live | None:
         execution = await trio.to_thread.run_sync(Execution, model, message, borrowed, self._relieve)
         if message.session not in self._opening:

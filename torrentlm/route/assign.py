@@ -78,6 +78,64 @@ def choose_span(
     return choice
 
 
+def extended(
+    span: Span,
+    sizes: Sequence[Files],
+    copies: Sequence[int],
+    budget: int,
+    *,
+    missing: Sequence[Files] | None = None,
+    room: int = 0,
+) -> Span:
+    """``span`` with as many blocks on both sides of it as ``budget`` and ``room`` hold (as ``choose_span`` has them),
+    one after the other, first the one that has fewer copies."""
+    absent = [{}] * len(sizes) if missing is None else missing
+    total, fetched = _Total(), _Total()
+    first, last = span.first, span.last
+    for block in span:
+        total.add(sizes[block])
+        fetched.add(absent[block])
+    while True:
+        beside = [block for block in (first - 1, last + 1) if 0 <= block < len(sizes)]
+        for block in sorted(beside, key=lambda block: copies[block]):
+            total.add(sizes[block])
+            fetched.add(absent[block])
+            if total.bytes <= budget and fetched.bytes <= max(0, room):
+                first, last = min(first, block), max(last, block)
+                break
+            total.remove(sizes[block])
+            fetched.remove(absent[block])
+        else:
+            return Span(first, last)
+
+
+def set_aside(
+    sizes: Sequence[Files], may: Mapping[int, int], budget: int, ram: int, slabs: int = 2
+) -> tuple[int, ...] | None:
+    """Which blocks of a device's part stay in RAM, so that the others fit its ``budget`` beside ``slabs`` times the
+    largest of them: as few as will do, taken from the back, which leaves routes long runs of either kind.
+
+    ``may`` says which blocks of ``sizes`` may, and the bytes that each takes then. () where all fits anyway, None where
+    nothing helps.
+    """
+    total = _Total()
+    for files in sizes:
+        total.add(files)
+    if total.bytes <= budget:
+        return ()
+    aside: list[int] = []
+    taken = largest = 0
+    for block in sorted(may, reverse=True):
+        aside.append(block)
+        total.remove(sizes[block])
+        taken, largest = taken + may[block], max(largest, may[block])
+        if taken > ram:
+            return None
+        if total.bytes + slabs * largest <= budget:
+            return tuple(reversed(aside))
+    return None
+
+
 def divide(sizes: Sequence[Files], budgets: Sequence[int], helping: Collection[int] = ()) -> tuple[range, ...]:
     """Consecutive blocks over the devices of one node: which of ``sizes`` each of ``budgets`` gets, in both orders.
 

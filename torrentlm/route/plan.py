@@ -54,8 +54,14 @@ def _block_cost(candidate: Candidate, lane: Lane | None) -> float:
 
 
 def _lane_of(candidate: Candidate, block: int) -> Lane | None:
-    """Which of the holder's devices runs this block; None where it has but one."""
+    """What the holder says of this block's device and time; None where it has but one of both."""
     return next((lane for lane in candidate.lanes if block in lane.span), None)
+
+
+def _device_of(candidate: Candidate, block: int) -> int | None:
+    """Which of the holder's devices runs this block; None where it has but one."""
+    lane = _lane_of(candidate, block)
+    return None if lane is None else lane.number
 
 
 def plan_route(snapshot: Snapshot, blocks: Span, adapted: Collection[int] = ()) -> tuple[Hop, ...] | Missing:
@@ -87,7 +93,8 @@ def plan_route(snapshot: Snapshot, blocks: Span, adapted: Collection[int] = ()) 
                 continue
             moved = (before[cheapest][0] + enter + run, cheapest)
             if index in before:
-                cross = 0.0 if lane == _lane_of(candidate, block - 1) else min(LANE_S, enter)
+                same = _device_of(candidate, block) == _device_of(candidate, block - 1)
+                cross = 0.0 if same else min(LANE_S, enter)
                 stayed = (before[index][0] + cross + run, index)
                 states[index] = min(stayed, moved, key=lambda state: state[0])
             else:
@@ -109,10 +116,10 @@ def plan_route(snapshot: Snapshot, blocks: Span, adapted: Collection[int] = ()) 
 
 def _merge(blocks: Span, chosen: list[int], candidates: tuple[Candidate, ...]) -> tuple[Hop, ...]:
     hops: list[Hop] = []
-    before: tuple[int, Lane | None] | None = None
+    before: tuple[int, int | None] | None = None
     for block, index in zip(blocks, chosen, strict=True):
         candidate = candidates[index]
-        place = (index, _lane_of(candidate, block))
+        place = (index, _device_of(candidate, block))
         if place == before:
             hops[-1] = Hop(candidate.node, candidate.endpoint, Span(hops[-1].span.first, block))
         else:

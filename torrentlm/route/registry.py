@@ -33,7 +33,7 @@ class _Peer:
 class Candidate:
     """One peer as a route sees it. ``rtt_s`` in seconds (None: not measured), ``block_s`` per layer block and token.
 
-    ``adapters``: bytes of adapters that it takes for sessions. ``lanes``: its devices, if there are several.
+    ``adapters``: bytes of adapters that it takes for sessions. ``lanes``: as in its record.
     """
 
     node: NodeKey

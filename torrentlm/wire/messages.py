@@ -52,7 +52,15 @@ _token = Int(0, 2**31 - 1)
 _u63 = Int(0, 2**63 - 1)
 
 _span = Struct(Span, first=_block, last=_block)
-_lane = Struct(Lane, span=_span, device=Text(64), precision=Text(16), block_ms=Float(0, 1e6), sessions=_block)
+_lane = Struct(
+    Lane,
+    span=_span,
+    device=Text(64),
+    precision=Text(16),
+    block_ms=Float(0, 1e6),
+    sessions=_block,
+    number=Int(0, MAX_LANES - 1),
+)
 _record = Struct(
     PeerRecord,
     node=Bytes(32),

@@ -65,6 +65,13 @@ class QuantizedTensor(torch.Tensor):
         return func(*args, **kwargs)
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor``, quantized or not, on ``device``."""
+    if isinstance(tensor, QuantizedTensor):
+        return QuantizedTensor(tensor.packed.to(device), tensor.dtype, tensor.turned)
+    return tensor.to(device)
+
+
 def _linear(value: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if weight.turned or value.dtype != weight.dtype:
         return functional.linear(value, weight.dense().to(weight.dtype), bias)
