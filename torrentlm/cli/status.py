@@ -67,6 +67,8 @@ def _shown(status: dict[str, Any]) -> RenderableType:
             label = {"weights": "weights", "kv": "KV-caches"}[what]
             memory.add_row(f"  {label}", *_share(device[what]["used"], device[what]["budget"]))
         memory.add_row("  in use by sessions", text.size(device["weights"]["pinned"]))
+        if (offloaded := device.get("offloaded", {})).get("budget"):
+            memory.add_row("  offloaded to RAM", *_share(offloaded["used"], offloaded["budget"]))
     memory.add_row("disk", *_share(status["disk"]["used"], status["disk"]["budget"]))
     memory.add_row("  fetched ahead", text.size(status["prefetched"]))
     rates = status["rates"]

@@ -26,10 +26,14 @@ class Device:
     … are parts of the processor, as if each were a device.
 
     ``threads`` limits the cores that one forward uses on a CPU. ``budget`` is how many bytes of its memory weights and
-    KV-caches may take together; nothing here enforces it. Raises ConfigError for a device that is not there.
+    KV-caches may take together, ``offload`` how many of the processor's memory blocks may take that it has no room for;
+    nothing here enforces either. ``upload`` is what comes to it from there, in bytes per second, 0 if nobody measured.
+    Raises ConfigError for a device that is not there.
     """
 
-    def __init__(self, name: str = "cpu", threads: int | None = None, budget: int = 0) -> None:
+    def __init__(
+        self, name: str = "cpu", threads: int | None = None, budget: int = 0, offload: int = 0, upload: float = 0.0
+    ) -> None:
         try:
             self.torch_device = torch.device(name)
         except RuntimeError as error:
@@ -38,6 +42,8 @@ class Device:
         if not self.accelerates:
             self.torch_device = torch.device("cpu")  # where tensors say that they are, whatever the number
         self.budget = budget
+        self.offload = offload
+        self.upload = upload
         self.check()
         if threads is not None and self.torch_device.type == "cpu":
             torch.set_num_threads(threads)

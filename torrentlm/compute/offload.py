@@ -17,24 +17,19 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from torrentlm.compute.precision import ALIGN
 from torrentlm.compute.quantization.packed import Packed
 from torrentlm.compute.quantization.tensor import QuantizedTensor, moved
+from torrentlm.route.assign import SLABS
 
 log = logging.getLogger(__name__)
 
-SLABS = 2
-ALIGN = 256
-"""Bytes; more than what processors (64) and GPUs' products (128) want, so that they round as they do elsewhere."""
+_cuda: Any = torch.cuda  # torch says nothing of these types
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every GPU
-
-
-def packed_bytes(size: int, tensors: int) -> int:
-    """Bytes enough for ``tensors`` tensors of ``size`` bytes together; one in INT8 or INT4 is two."""
-    return -(-size // ALIGN) * ALIGN + SLABS * ALIGN * tensors
 
 
 class HostBlock:
@@ -128,7 +123,7 @@ def _lock(owner: HostBlock, pages: torch.Tensor, device: torch.device) -> None:
 
     torch's own pinned memory comes in powers of two, up to twice what was asked for; these bytes are counted.
     """
-    runtime = torch.cuda.cudart()
+    runtime = _cuda.cudart()
     if failed := int(runtime.cudaHostRegister(pages.data_ptr(), pages.nbytes, _PORTABLE)):
         log.warning("%d bytes cannot be locked (CUDA error %d): copies of them are slower", pages.nbytes, failed)
         with suppress(RuntimeError):  # the driver tells whoever asks next, and only once
@@ -155,9 +150,6 @@ class Copies(Protocol):
     def used(self, slab: int) -> None:
         """What was computed up to now was the last to need what is there."""
 
-    def finish(self) -> None:
-        """Return when nothing is on its way any more."""
-
 
 class Immediate:
     """Copies that are done at once: in the order in which things are asked for, all is in order."""
@@ -171,19 +163,16 @@ class Immediate:
     def used(self, slab: int) -> None:
         pass
 
-    def finish(self) -> None:
-        pass
-
 
 class Streamed:
     """Copies on a stream of their own, beside what is computed on the current one of whoever calls."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))  # the slabs' memory may still be in use there
-        self._copied = [torch.cuda.Event() for _ in range(SLABS)]
-        self._used = [torch.cuda.Event() for _ in range(SLABS)]
+        self._copied = [_cuda.Event() for _ in range(SLABS)]
+        self._used = [_cuda.Event() for _ in range(SLABS)]
 
     def start(self, slab: int, target: torch.Tensor, source: torch.Tensor) -> None:
         self._stream.wait_event(self._used[slab])
@@ -197,9 +186,6 @@ class Streamed:
 
     def used(self, slab: int) -> None:
         self._used[slab].record(torch.cuda.current_stream(self._device))
-
-    def finish(self) -> None:
-        self._stream.synchronize()
 
 
 class Stage:
@@ -245,6 +231,9 @@ class Stage:
         self._copies.wait(slab)
         self._last[slab] = block.place
         self._computing.add(slab)
+        other = (slab + 1) % SLABS
+        if self._there[other] is None and (beside := self._next(block.place, other)) is not None:
+            self._start(other, beside)  # nobody has been there to say what follows
 
     def done(self, block: HostBlock) -> None:
         """Nothing more is computed with ``block`` in this forward: what is expected next may come into its slab."""
@@ -256,10 +245,12 @@ class Stage:
             self._start(slab, following)
 
     def forget(self, places: Collection[int]) -> None:
-        """The blocks at these places go: keep nothing of them, and nothing on its way."""
-        with self._turn:
-            self._copies.finish()
-            self._there = [None if block is not None and block.place in places else block for block in self._there]
+        """The blocks at these places go; nobody runs them. Waits for no turn: at worst something is copied twice."""
+        for place in places:
+            self._blocks.pop(place, None)
+            slab = place % SLABS
+            if (there := self._there[slab]) is not None and there.place == place:
+                self._there[slab] = None
 
     def _start(self, slab: int, block: HostBlock) -> None:
         self._there[slab] = None  # whatever goes wrong
@@ -269,9 +260,11 @@ class Stage:
     def _following(self, place: int) -> HostBlock | None:
         """What will need this block's slab next: what did the last time, at first the next one, in a ring."""
         known = self._blocks.get(self._after.get(place, -1))
-        if known is not None:
-            return known
-        others = [other for other in list(self._blocks) if other % SLABS == place % SLABS]
+        return self._next(place, place % SLABS) if known is None else known
+
+    def _next(self, place: int, slab: int) -> HostBlock | None:
+        """The first block behind ``place``, in a ring, that runs out of ``slab``."""
+        others = [other for other in list(self._blocks) if other % SLABS == slab]
         return self._blocks.get(min(others, key=lambda other: (other <= place, other))) if others else None
 
 

@@ -102,6 +102,17 @@ def bytes_as(spec: TensorSpec, compute: str, stored: str | None = None) -> int:
     return count + 2 * rows if stored == "INT8" else count // 2 + 4 * (count // INT4_GROUP)
 
 
+ALIGN = 256
+"""Bytes at whose multiples the tensors of an offloaded block begin: more than what processors (64) and GPUs' products
+(128) want, so that they round as they do elsewhere."""
+
+
+def packed_bytes(size: int, tensors: int) -> int:
+    """Bytes enough for a block's ``tensors``, of ``size`` bytes together, one behind the other; one in INT8 or INT4 is
+    two."""
+    return -(-size // ALIGN) * ALIGN + 2 * ALIGN * tensors
+
+
 def file_forms(manifest: Manifest, stored: Mapping[int, str]) -> dict[str, str]:
     """The files that are kept in INT8 or INT4, by name: of blocks of layers alone, and as the first of these says."""
     forms: dict[str, str | None] = {}

@@ -73,7 +73,8 @@ class NodeConfig:
 
     ``dht_bootstrap`` None: the public nodes; (): none, so that the DHT starts from known peers alone. ``port`` 0: any
     free one. ``devices`` None: all accelerators, else the CPU; ``ram`` is the CPU's budget, ``vram`` that of each
-    accelerator. ``offload``: bytes of RAM for blocks that accelerators have no room for. ``threads`` None: one per core. ``lease``: seconds after which an idle session's memory is freed.
+    accelerator; ``offload``: bytes of RAM for blocks that accelerators have no room for. ``threads`` None: one per
+    core. ``lease``: seconds after which an idle session's memory is freed.
     ``allow_code``: hashes of the code of its own that a model may run here.
     ``adapters``: bytes of adapters that sessions may bring along, 0 to apply none.
     ``recheck``: compare a block with a recorded sample before any is served.

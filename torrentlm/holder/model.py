@@ -65,7 +65,7 @@ class HeldModel:
     memory, by its name, those on the disk if not given. ``arrived`` are the blocks of ``span`` whose files are
     complete, all if not given; others may arrive later. ``stored`` are the blocks that are kept in INT8 or INT4,
     ``quantized`` is the folder where these are kept on disk, if anywhere. ``offloaded`` are the blocks that stay in
-    the processor's memory and come to the device when they run (holder/offloading.py).
+    the processor's memory and come to the device when they run, and what each takes (holder/offloading.py).
 
     ``like`` holds other blocks of the same model: what both need to know of it is then worked out once.
 
@@ -88,7 +88,7 @@ class HeldModel:
         stored: Mapping[int, str] | None = None,
         quantized: Path | None = None,
         like: HeldModel | None = None,
-        offloaded: Sequence[int] = (),
+        offloaded: Mapping[int, int] | None = None,
     ) -> None:
         self.id = id
         self.manifest = manifest
@@ -106,7 +106,7 @@ class HeldModel:
         )
         require_same_cut(manifest, self._sides)
         self.offloading = Offloading(
-            id, manifest, offloaded, self._sizes, self.device, self._form, self._load_aside, lambda: self._dtypes
+            id, manifest, offloaded or {}, self.device, self._form, self._load_aside, lambda: self._dtypes
         )
         self._arrived: set[int] = set(span if arrived is None else arrived)
         self._runners: OrderedDict[Span, SpanRunner] = OrderedDict()

@@ -1,44 +1,31 @@
 """The blocks of a held model that stay in the processor's memory: what they take there and on the device, and how they
 get there.
 
-Which these are was decided before (route/assign.py): blocks of layers, each with one file that no other block has.
+Which these are was decided before (``set_aside`` in route/assign.py): blocks of layers, each with one file that no
+other block has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
 
-from torrentlm.compute.offload import SLABS, HostBlock, Offload, Stage, packed_bytes
+from torrentlm.compute.offload import HostBlock, Offload, Stage
 from torrentlm.holder.memory import Unit, UnitKey
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.records import Span
+from torrentlm.route.assign import SLABS
 
 Load = Callable[[int], Iterable[tuple[str, torch.Tensor]]]
 """A block's weights under the model's names, in the processor's memory."""
 
 
-def offloadable(manifest: Manifest, sizes: Mapping[str, int], span: Span) -> dict[int, int]:
-    """The blocks of ``span`` that can be offloaded, and the bytes that each takes then; ``sizes`` by a file's name."""
-    users: dict[str, int] = {}
-    for block in range(len(manifest.blocks)):
-        for file in manifest.block_files(block):
-            users[file.name] = users.get(file.name, 0) + 1
-    found = {}
-    for block in span:
-        files = manifest.block_files(block)
-        if manifest.blocks[block].kind == "layers" and len(files) == 1 and users[files[0].name] == 1:
-            tensors = len(manifest.layouts[files[0].layout].specs)
-            found[block] = packed_bytes(sizes[files[0].name], tensors)
-    return found
-
-
 class Offloading:
-    """``blocks`` of a model's span, in their order. ``form`` says what a file is kept in, ``load`` brings the weights,
-    ``dtypes`` are the model's own of its weights, by name.
+    """``blocks`` of a model's span, with the bytes that each takes. ``form`` says what a file is kept in, ``load``
+    brings the weights, ``dtypes`` are the model's own of its weights, by name.
 
     Whoever owns the memories keeps what is loaded; here it is only known.
     """
@@ -47,21 +34,19 @@ class Offloading:
         self,
         id: bytes,
         manifest: Manifest,
-        blocks: Sequence[int],
-        sizes: Mapping[str, int],
+        blocks: Mapping[int, int],
         device: torch.device,
         form: Callable[[str], str],
         load: Load,
         dtypes: Callable[[], Mapping[str, torch.dtype]],
     ) -> None:
-        self.blocks = tuple(blocks)
+        self.blocks = tuple(sorted(blocks))
         self._manifest = manifest
         self._device = device
         self._form = form
         self._load = load
         self._dtypes = dtypes
-        known = offloadable(manifest, sizes, Span(self.blocks[0], self.blocks[-1])) if self.blocks else {}
-        self._bytes = {block: known[block] for block in self.blocks}
+        self._bytes = dict(blocks)
         self._slab = max(self._bytes.values(), default=0)
         self._slabs = Unit(f"slabs of {id.hex()}", "", SLABS * self._slab, self._make_stage)
         self._stage: ReferenceType[Stage] | None = None
@@ -106,9 +91,8 @@ class Offloading:
     def let_go(self, keys: Collection[UnitKey]) -> None:
         """These go; nobody runs them any more."""
         stage = None if self._stage is None else self._stage()
-        places = [place for place, block in enumerate(self.blocks) if self._key(block) in keys]
-        if stage is not None and (places or self._slabs.key in keys):
-            stage.forget(places)
+        if stage is not None:
+            stage.forget([place for place, block in enumerate(self.blocks) if self._key(block) in keys])
 
     def _file(self, block: int) -> str:
         return self._manifest.block_files(block)[0].name

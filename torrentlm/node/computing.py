@@ -26,10 +26,11 @@ from torrentlm.holder.service import Outbox
 from torrentlm.manifest.manifest import Manifest
 from torrentlm.node.lane import Lane, Share
 from torrentlm.node.membership import Membership
-from torrentlm.node.memory import weights_bytes
+from torrentlm.node.memory import offloadable, weights_bytes
 from torrentlm.node.parts import Say
 from torrentlm.records import MAX_LANES, NodeKey, Span, spans_of
-from torrentlm.route.assign import Files, divide, fits
+from torrentlm.records import Lane as LaneRecord
+from torrentlm.route.assign import Files, beyond, divide, fits
 from torrentlm.wire.messages import Close, Encoded, Fail, Generate, Halt, Message, Open, Renew, Step
 
 MAX_PRECISION = 16
@@ -87,13 +88,18 @@ class Computing:
         """Bytes for weights, on all devices together."""
         return sum(lane.memory.budget for lane in self.lanes)
 
+    @property
+    def offload_budget(self) -> int:
+        """Bytes of the processor's memory for blocks that the devices have no room for."""
+        return sum(lane.aside.budget for lane in self.lanes)
+
     def holds(self, name: str) -> bool:
-        """Whether any device has the block file of this name in its memory."""
-        return any(name == key for lane in self.lanes for key, _ in lane.memory.keys)
+        """Whether the block file of this name is in any device's memory, or offloaded."""
+        return any(name == key for lane in self.lanes for key, _ in (*lane.memory.keys, *lane.aside.keys))
 
     def relieve(self) -> bool:
         """Let go of everything that nobody uses, on every device; False if there was nothing."""
-        relieved = [lane.memory.relieve() for lane in self.lanes]
+        relieved = [memory.relieve() for lane in self.lanes for memory in (lane.memory, lane.aside)]
         return any(relieved)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -158,7 +164,8 @@ class Computing:
         how = membership.precisions
         in_memory = weights_bytes(manifest, how.compute, how.stored)
         shares: list[Share] = []
-        for lane, part in self._divided(span, _sizes(manifest, in_memory, span)):
+        for lane, part in self._divided(manifest, in_memory, span):
+            aside = lane.set_aside(manifest, in_memory, part)
             model = await trio.to_thread.run_sync(
                 HeldModel,
                 membership.id,
@@ -174,6 +181,7 @@ class Computing:
                 how.stored,
                 self._config.data / "quantized",
                 shares[0].model if shares else None,
+                aside,
             )
             shares.append(Share(lane, model))
         served = self._served[membership.id] = Served(membership, span, tuple(shares))
@@ -189,26 +197,38 @@ class Computing:
         config = self._config
         how = membership.precisions
         in_memory = weights_bytes(membership.manifest, how.compute, how.stored)
-        sizes = _sizes(membership.manifest, in_memory, span)
-        budgets = [lane.memory.budget for lane in self.lanes]
+        manifest = membership.manifest
         if config.blocks == "auto":
-            while len(sizes) > 1 and not fits(sizes, budgets):
-                sizes.pop()
-        elif (config.ram or config.vram) is not None and not fits(sizes, budgets):
+            while len(span) > 1 and not self._fits(manifest, in_memory, span):
+                span = Span(span.first, span.last - 1)
+        elif (config.ram or config.vram) is not None and not self._fits(manifest, in_memory, span):
             devices = " and ".join(f"{lane.memory.budget / 1e6:,.1f} MB on {lane.device.label}" for lane in self.lanes)
             name = "vram" if self.accelerates else "ram"
+            if self.offload_budget:
+                devices += f", with {self.offload_budget / 1e6:,.1f} MB of RAM to offload to"
             raise ConfigError(
                 f"--blocks {span} cannot be divided into consecutive parts that fit the memory for weights, {devices}:"
                 f" raise --{name} or name fewer blocks"
             )
-        return Span(span.first, span.first + len(sizes) - 1)
+        return span
 
-    def _divided(self, span: Span, sizes: Sequence[Files]) -> list[tuple[Lane, Span]]:
+    def _fits(self, manifest: Manifest, in_memory: Mapping[str, int], span: Span) -> bool:
+        """Whether every lane has room for its part, offloading what it may."""
+        if fits(_sizes(manifest, in_memory, span), [lane.memory.budget for lane in self.lanes]):
+            return True
+        divided = self._divided(manifest, in_memory, span)
+        return all(lane.set_aside(manifest, in_memory, part) is not None for lane, part in divided)
+
+    def _divided(self, manifest: Manifest, in_memory: Mapping[str, int], span: Span) -> list[tuple[Lane, Span]]:
         """Each lane's part of the span, of those that get one. The processor helps out only where accelerators that
-        the operator named beside it have too little memory."""
-        lanes = self.lanes
+        the operator named beside it have too little memory, and nothing is offloaded where it need not be."""
+        lanes, sizes = self.lanes, _sizes(manifest, in_memory, span)
         helping = [at for at, lane in enumerate(lanes) if self.accelerates and not lane.device.accelerates]
-        parts = divide(sizes, [lane.memory.budget for lane in lanes], helping)
+        budgets = [lane.memory.budget for lane in lanes]
+        if self.offload_budget and not fits(sizes, budgets):
+            slab = max(offloadable(manifest, in_memory, span).values(), default=0)
+            budgets = [beyond(lane.memory.budget, lane.aside.budget, slab) for lane in lanes]
+        parts = divide(sizes, budgets, helping)
         return [
             (lane, Span(span.first + part.start, span.first + part.stop - 1))
             for lane, part in zip(lanes, parts, strict=True)
@@ -256,7 +276,7 @@ class Computing:
 
     def _session_changed(self) -> None:
         self._changed()
-        if len(self.lanes) > 1:  # each lane's sessions are in the record, too
+        if any(served.membership.peers.record.lanes for served in self._served.values()):  # they tell sessions, too
             self._tell_all()
 
     def _tell_all(self) -> None:
@@ -274,8 +294,16 @@ class Computing:
             precision="+".join(kept)[:MAX_PRECISION],
             device=shares[0].lane.device_name,
             adapters=self._config.adapters,
-            lanes=tuple(share.record() for share in shares) if len(shares) > 1 else (),
+            lanes=_lanes(shares),
         )
+
+
+def _lanes(shares: Sequence[Share]) -> tuple[LaneRecord, ...]:
+    """What a record says of the devices; nothing where there is one that has all of its blocks in its memory."""
+    if len(shares) == 1 and not shares[0].model.offloading.blocks:
+        return ()
+    most = MAX_LANES // len(shares)
+    return tuple(record for number, share in enumerate(shares) for record in share.records(number, most))
 
 
 def _sizes(manifest: Manifest, in_memory: Mapping[str, int], span: Span) -> list[Files]:

@@ -22,7 +22,7 @@ from torrentlm.manifest.adapter import FILE_NAME as ADAPTER_FILE_NAME
 from torrentlm.manifest.magnet import Magnet
 from torrentlm.manifest.manifest import FILE_NAME, Manifest
 from torrentlm.node.fetch import ALL_AT_ONCE, BlockFiles, say_waiting
-from torrentlm.node.memory import weights_bytes
+from torrentlm.node.memory import offloadable, weights_bytes
 from torrentlm.node.parts import Parts
 from torrentlm.node.peers import ModelPeers
 from torrentlm.node.precisions import (
@@ -38,7 +38,7 @@ from torrentlm.node.precisions import (
 )
 from torrentlm.node.sidecars import Sidecars
 from torrentlm.records import Endpoint, InfoHash, NodeKey, PeerRecord, Span
-from torrentlm.route.assign import choose_span, copies
+from torrentlm.route.assign import beyond, choose_span, copies, extended
 from torrentlm.route.registry import Snapshot
 from torrentlm.structured import single_error
 from torrentlm.swarm.addresses import is_address, resolve
@@ -190,13 +190,14 @@ class Membership:
                 transfer.connect_peer(endpoint)
             await trio.sleep(FEED_EVERY_S)
 
-    async def choose(self, accelerator: int | None, ask: Ask) -> Span | None:
+    async def choose(self, accelerator: int | None, ask: Ask, offload: int = 0) -> Span | None:
         """The span to hold, as configured; None for no block. Decides ``precisions``.
 
-        ``accelerator``: bytes of its memory for weights, if one computes. Raises ConfigError, StorageError.
+        ``accelerator``: bytes of its memory for weights, if one computes; ``offload``: of RAM for what it has no room
+        for. Raises ConfigError, StorageError.
         """
         config, last = self._parts.config, len(self.manifest.blocks) - 1
-        span, budget = config.blocks, Budget.of(config, accelerator)
+        span, budget = config.blocks, Budget.of(config, accelerator, self._gained(offload))
         if span == "none":
             return None
         if not isinstance(span, Span):
@@ -209,6 +210,14 @@ class Membership:
         if why := reason(self.manifest, config, span, budget, how, costs):
             self._parts.say({"event": "precision", "precision": how.said(span), "why": why})
         return span
+
+    def _gained(self, offload: int) -> int:
+        """What so much RAM for offloaded blocks adds to a device's own memory."""
+        if not offload:
+            return 0
+        in_memory = weights_bytes(self.manifest, self.precisions.compute, self.precisions.stored)
+        sizes = offloadable(self.manifest, in_memory, Span(0, len(self.manifest.blocks) - 1))
+        return beyond(0, min(offload, sum(sizes.values())), max(sizes.values(), default=offload))
 
     async def _costs(self, span: Span, budget: Budget, ask: Ask) -> Mapping[str, Cost]:
         asked = self.manifest, self._parts.config, span, budget
@@ -241,6 +250,9 @@ class Membership:
         room = space.room(besides={file.name for file in self.manifest.files})
         copied = copies(self.snapshot(), len(sizes))
         span = choose_span(sizes, copied, budget.weights, missing=missing, room=room)
+        if span is not None and budget.aside:
+            more = budget.weights + budget.aside
+            return extended(span, sizes, copied, more, missing=missing, room=room)
         if span is not None:
             return span
         least = min(sum(block.values()) for block in sizes)

@@ -1,19 +1,22 @@
 """How much memory a node may use, from its settings and the machine, and how much blocks take.
 
-``ram`` is the budget of the processor, ``vram`` that of each accelerator.
+``ram`` is the budget of the processor, ``vram`` that of each accelerator, ``offload`` what of the processor's memory
+accelerators may use beside.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torrentlm.compute.devices import DeviceInfo
-from torrentlm.compute.machine import available_memory
-from torrentlm.compute.precision import bytes_as, file_forms
+from torrentlm.compute.machine import available_memory, total_memory
+from torrentlm.compute.precision import bytes_as, file_forms, packed_bytes
 from torrentlm.config import NodeConfig
 from torrentlm.errors import ConfigError
 from torrentlm.manifest.adapter import AdapterManifest
 from torrentlm.manifest.manifest import Manifest
+from torrentlm.records import Span
 
 WEIGHTS_SHARE = 0.75
 """Of the memory budget; the rest is for KV-caches."""
@@ -35,6 +38,18 @@ def weights_budget(config: NodeConfig) -> int:
 def weights_share(budget: int) -> int:
     """What of a device's budget is for weights; the rest is for KV-caches."""
     return int(budget * WEIGHTS_SHARE)
+
+
+def offloadable(manifest: Manifest, in_memory: Mapping[str, int], span: Span) -> dict[int, int]:
+    """The blocks of ``span`` that may stay in RAM, and the bytes that each takes then: blocks of layers with one file,
+    that no other block has. ``in_memory``: as ``weights_bytes`` has it."""
+    users = Counter(file.name for block in range(len(manifest.blocks)) for file in manifest.block_files(block))
+    found = {}
+    for block in span:
+        files = manifest.block_files(block)
+        if manifest.blocks[block].kind == "layers" and len(files) == 1 and users[files[0].name] == 1:
+            found[block] = packed_bytes(in_memory[files[0].name], len(manifest.layouts[files[0].layout].specs))
+    return found
 
 
 def weights_bytes(
@@ -63,6 +78,21 @@ def device_budgets(config: NodeConfig, devices: Sequence[DeviceInfo]) -> tuple[i
     sharing = sum(1 for device in devices if device.unified or not device.accelerates)
     processors = sum(1 for device in devices if not device.accelerates)
     return tuple(_device_budget(config, device, sharing, processors) for device in devices)
+
+
+def offload_budgets(config: NodeConfig, devices: Sequence[DeviceInfo]) -> tuple[int, ...]:
+    """What of the processor's memory each device may use for blocks that it has no room for, in bytes.
+
+    Only accelerators with a memory of their own gain by it. Raises ConfigError where ``offload`` is more than there is.
+    """
+    gains = [device.accelerates and not device.unified for device in devices]
+    if config.offload > total_memory():
+        raise ConfigError(
+            f"This machine has {total_memory() / 1e6:,.1f} MB of memory, less than the {config.offload / 1e6:,.1f} MB"
+            " of --offload; lower --offload, or leave it out."
+        )
+    share = config.offload // max(1, sum(gains))
+    return tuple(share if gain else 0 for gain in gains)
 
 
 def _device_budget(config: NodeConfig, device: DeviceInfo, sharing: int, processors: int) -> int:

@@ -42,14 +42,16 @@ NOT_ASKED: Mapping[str, Cost] = {name: PrecisionCost(name) for name in FINEST_FI
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a device has for weights, in bytes. ``option`` is the setting that it follows from, ``given`` what the
-    operator wrote there, if anything. One that ``binds`` is kept to; a guess of ours need not be.
+    """What a device has for weights, in bytes, and for more of them in RAM (``aside``). ``option`` is the setting that
+    it follows from, ``given`` what the operator wrote there, if anything. One that ``binds`` is kept to; a guess of
+    ours need not be.
     """
 
     weights: int
     option: str = "ram"
     given: int | None = None
     binds: bool = True
+    aside: int = 0
 
     @property
     def accelerates(self) -> bool:
@@ -58,14 +60,15 @@ class Budget:
     @property
     def limit(self) -> int:
         """Bytes that a span must keep within."""
-        return self.weights if self.binds else UNLIMITED
+        return self.weights + self.aside if self.binds else UNLIMITED
 
     @classmethod
-    def of(cls, config: NodeConfig, accelerator: int | None) -> Budget:
-        """``accelerator``: the bytes for weights of the one that computes; None: the processor does."""
+    def of(cls, config: NodeConfig, accelerator: int | None, aside: int = 0) -> Budget:
+        """``accelerator``: the bytes for weights of the one that computes; None: the processor does. ``aside``: what
+        offloaded blocks add to them."""
         if accelerator is None:
             return cls(weights_budget(config), "ram", config.ram, config.ram is not None)
-        return cls(accelerator, "vram", config.vram, config.vram is not None)
+        return cls(accelerator, "vram", config.vram, config.vram is not None, aside)
 
 
 def asked_for(manifest: Manifest, config: NodeConfig) -> Precisions:
@@ -205,10 +208,11 @@ def enough(weights: int) -> float:
 
 
 def _too_large(span: Span, budget: Budget, needed: int, kept: Precisions, verb: str) -> str:
-    option, given, left = budget.option, (budget.given or 0) / 1e6, budget.weights / 1e6
+    option, given, left = budget.option, (budget.given or 0) / 1e6, budget.limit / 1e6
+    option += f" = {given:,.1f} MB" + (" with offload" if budget.aside else "")
     return (
-        f"--blocks {span} {verb} {needed / 1e6:,.1f} MB for weights in {kept.said(span)}, but {option} = {given:,.1f} "
-        f"MB leaves {left:,.1f} MB for them: raise --{option} to {enough(needed):,.1f} MB or name fewer blocks"
+        f"--blocks {span} {verb} {needed / 1e6:,.1f} MB for weights in {kept.said(span)}, but {option} "
+        f"leaves {left:,.1f} MB for them: raise --{budget.option} to {enough(needed):,.1f} MB or name fewer blocks"
     )
 
 

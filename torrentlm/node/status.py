@@ -82,6 +82,7 @@ def _device(lane: Lane) -> dict[str, Any]:
         "device": lane.device.label,
         "name": lane.device.name,
         "weights": {"budget": memory.allowed, "used": memory.used, "pinned": memory.pinned},
+        "offloaded": {"budget": lane.aside.allowed, "used": lane.aside.used, "pinned": lane.aside.pinned},
         "kv": {"budget": holder.kv_budget, "used": holder.kv_bytes},
         "sessions": holder.sessions,
         "lost": lane.lost,

@@ -23,6 +23,10 @@ def copies(snapshot: Snapshot, blocks: int) -> list[int]:
     return counts
 
 
+SLABS = 2
+"""What a device keeps for blocks that stay in RAM, each as large as the largest of them: one computes out of the first
+while another one's bytes come into the second."""
+
 Files = Mapping[str, int]
 """A block's files: bytes by name. One that several blocks name is there once."""
 
@@ -109,11 +113,9 @@ def extended(
             return Span(first, last)
 
 
-def set_aside(
-    sizes: Sequence[Files], may: Mapping[int, int], budget: int, ram: int, slabs: int = 2
-) -> tuple[int, ...] | None:
-    """Which blocks of a device's part stay in RAM, so that the others fit its ``budget`` beside ``slabs`` times the
-    largest of them: as few as will do, taken from the back, which leaves routes long runs of either kind.
+def set_aside(sizes: Sequence[Files], may: Mapping[int, int], budget: int, ram: int) -> tuple[int, ...] | None:
+    """Which blocks of a device's part stay in RAM, so that the others fit its ``budget`` beside the slabs: as few as
+    will do, taken from the back, which leaves routes long runs of either kind.
 
     ``may`` says which blocks of ``sizes`` may, and the bytes that each takes then. () where all fits anyway, None where
     nothing helps.
@@ -131,9 +133,14 @@ def set_aside(
         taken, largest = taken + may[block], max(largest, may[block])
         if taken > ram:
             return None
-        if total.bytes + slabs * largest <= budget:
+        if total.bytes + SLABS * largest <= budget:
             return tuple(reversed(aside))
     return None
+
+
+def beyond(budget: int, ram: int, largest: int) -> int:
+    """Bytes of blocks that a device with ``budget`` holds together with ``ram``, the largest being ``largest``."""
+    return budget + max(0, ram - SLABS * largest)
 
 
 def divide(sizes: Sequence[Files], budgets: Sequence[int], helping: Collection[int] = ()) -> tuple[range, ...]:
