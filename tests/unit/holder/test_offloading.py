@@ -45,9 +45,7 @@ class Held:
     published: Published
     paths: dict[str, Path]
 
-    def __call__(
-        self, compute: str, stored: dict[int, str], offloaded: Collection[int], span: Span = ALL
-    ) -> HeldModel:
+    def __call__(self, compute: str, stored: dict[int, str], offloaded: Collection[int], span: Span = ALL) -> HeldModel:
         of = self.published
         may = offloadable(of.manifest, self.sizes(compute, stored), span)
         return HeldModel(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from itertools import combinations_with_replacement, pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.route.test_plan import candidate, snapshot
 from torrentlm.records import Span
-from torrentlm.route.assign import choose_span, copies, divide, fits
+from torrentlm.route.assign import SLABS, beyond, choose_span, copies, divide, extended, fits, set_aside
 
 
 def apart(*sizes: int) -> list[dict[str, int]]:
@@ -164,3 +165,50 @@ def test_a_division_in_proportion_and_over_few_devices() -> None:
     assert divide(apart(*[10] * 6), [1000, 30, 30], {0}) == (range(0), range(3), range(3, 6))
     tied = [{"embed": 40}, {"0": 10}, {"1": 10}, {"norm": 1, "embed": 40}]
     assert divide(tied, [50, 60]) == (range(2), range(2, 4))
+
+
+def kept(sizes: list[dict[str, int]], aside: tuple[int, ...], may: dict[int, int]) -> int:
+    """Bytes on the device with these blocks in RAM."""
+    files = {name: size for block, own in enumerate(sizes) if block not in aside for name, size in own.items()}
+    return sum(files.values()) + SLABS * max((may[block] for block in aside), default=0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.booleans(), st.integers(0, 3)), min_size=1, max_size=12),
+    st.integers(0, 300),
+    st.integers(0, 300),
+)
+def test_as_few_blocks_as_will_do_stay_in_ram(blocks: list[tuple[int, bool, int]], budget: int, ram: int) -> None:
+    sizes = [{str(block): size} | ({} if layers else {"tied": 5}) for block, (size, layers, _) in enumerate(blocks)]
+    may = {block: size + more for block, (size, layers, more) in enumerate(blocks) if layers}
+    aside = set_aside(sizes, may, budget, ram)
+    last = sorted(may)
+    ways = [tuple(last[at:]) for at in range(len(last), -1, -1)]
+    able = [way for way in ways if kept(sizes, way, may) <= budget and sum(may[block] for block in way) <= ram]
+    assert aside == (able[0] if able else None)
+    if aside is not None:
+        assert set(aside) <= may.keys()
+        assert kept(sizes, aside, may) <= budget and sum(may[block] for block in aside) <= ram
+
+
+@pytest.mark.parametrize("count", range(5, 9))
+def test_equal_blocks_take_what_was_counted_on(count: int) -> None:
+    """A span of as many blocks as ``beyond`` says can be held, and one more cannot."""
+    sizes, may = apart(*[10] * count), dict.fromkeys(range(count), 10)
+    budget, ram = 40, 30 + 10 * (count - 5)
+    assert beyond(budget, ram, 10) == 10 * count
+    found = set_aside(sizes, may, budget, ram)
+    assert found == tuple(range(2, count))
+    assert set_aside(apart(*[10] * (count + 1)), dict.fromkeys(range(count + 1), 10), budget, ram) is None
+    assert set_aside(sizes, may, 10 * count, 0) == () and beyond(40, 19, 10) == 40
+
+
+def test_a_span_is_extended_to_the_side_that_has_fewer_copies() -> None:
+    sizes, counts = apart(*[10] * 8), [1, 0, 1, 0, 0, 2, 0, 0]
+    assert extended(Span(3, 4), sizes, counts, 20) == Span(3, 4)
+    assert extended(Span(3, 4), sizes, counts, 45) == Span(1, 4)
+    assert extended(Span(3, 4), sizes, counts, 50) == Span(0, 4)
+    assert extended(Span(3, 4), sizes, counts, 1000) == Span(0, 7)
+    assert extended(Span(3, 4), sizes, counts, 1000, missing=sizes, room=30) == Span(2, 4)
+    large = apart(10, 10, 90, 10, 10, 10, 90, 10)
+    assert extended(Span(3, 4), large, counts, 60) == Span(3, 5)  # what does not fit on one side, the other may have

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torrentlm.records import Endpoint, Lane, NodeKey, Span
-from torrentlm.route.plan import LANE_S, Hop, Missing, _block_cost, _entry_cost, _lane_of, plan_route
+from torrentlm.route.plan import LANE_S, Hop, Missing, _block_cost, _device_of, _entry_cost, _lane_of, plan_route
 from torrentlm.route.registry import Candidate, Snapshot
 
 BLOCKS = 5
@@ -38,10 +38,10 @@ def cost_of(route: tuple[Hop, ...], candidates: tuple[Candidate, ...]) -> float:
     total, before = 0.0, None
     for hop in route:
         peer = by_node[hop.node]
-        [lane] = {_lane_of(peer, block) for block in hop.span}  # no hop is more than one device's
+        [_] = {_device_of(peer, block) for block in hop.span}  # no hop is more than one device's
         enter = _entry_cost(peer)
         total += min(enter, LANE_S) if before == hop.node else enter
-        total += len(hop.span) * _block_cost(peer, lane)
+        total += sum(_block_cost(peer, _lane_of(peer, block)) for block in hop.span)
         before = hop.node
     return total
 
@@ -50,13 +50,13 @@ def brute_force(candidates: tuple[Candidate, ...], blocks: Span) -> float | None
     """The cheapest cost over every assignment of these blocks to candidates."""
     enter = [_entry_cost(peer) for peer in candidates]
     run = [[_block_cost(peer, _lane_of(peer, block)) for block in blocks] for peer in candidates]
-    lanes = [[_lane_of(peer, block) for block in blocks] for peer in candidates]
+    devices = [[_device_of(peer, block) for block in blocks] for peer in candidates]
     best = None
 
     def change(place: int, before: int | None, now: int) -> float:
         if before != now:
             return enter[now]
-        return 0.0 if lanes[now][place] == lanes[now][place - 1] else min(enter[now], LANE_S)
+        return 0.0 if devices[now][place] == devices[now][place - 1] else min(enter[now], LANE_S)
 
     serving = [[i for i, peer in enumerate(candidates) if any(b in s for s in peer.resident)] for b in blocks]
     for chosen in product(*serving):
@@ -68,7 +68,13 @@ def brute_force(candidates: tuple[Candidate, ...], blocks: Span) -> float | None
 
 
 spans = st.integers(0, BLOCKS - 1).flatmap(lambda a: st.builds(Span, st.just(a), st.integers(a, BLOCKS - 1)))
-lanes = st.builds(Lane, spans, block_ms=st.just(0.0) | st.floats(0.1, 500), sessions=st.integers(0, 2))
+lanes = st.builds(
+    Lane,
+    spans,
+    block_ms=st.just(0.0) | st.floats(0.1, 500),
+    sessions=st.integers(0, 2),
+    number=st.integers(0, 2),
+)
 peers = st.tuples(
     st.lists(spans, min_size=1, max_size=2),
     st.none() | st.floats(0, 1),
@@ -105,7 +111,7 @@ def test_one_holder_of_everything_is_one_hop():
 
 
 def two_devices(number: int, **given: float) -> Candidate:
-    return candidate(number, Span(0, 4), lanes=(Lane(Span(0, 1)), Lane(Span(2, 4))), **given)
+    return candidate(number, Span(0, 4), lanes=(Lane(Span(0, 1)), Lane(Span(2, 4), number=1)), **given)
 
 
 def test_two_devices_of_one_holder_are_two_hops() -> None:
@@ -118,13 +124,40 @@ def test_two_devices_of_one_holder_are_two_hops() -> None:
 
 
 def test_each_device_has_its_own_sessions_and_time() -> None:
-    busy = replace(two_devices(1), lanes=(Lane(Span(0, 1)), Lane(Span(2, 4), block_ms=2, sessions=20)))
+    busy = replace(two_devices(1), lanes=(Lane(Span(0, 1)), Lane(Span(2, 4), block_ms=2, sessions=20, number=1)))
     route = plan_route(snapshot(busy, candidate(2, Span(0, 4), block=0.01)), ALL)
     assert not isinstance(route, Missing)
     assert [(hop.endpoint.port, str(hop.span)) for hop in route] == [(2, "0-4")]
     near = plan_route(snapshot(replace(busy, rtt_s=0.001), candidate(2, Span(0, 4), block=0.01, rtt=0.001)), ALL)
     assert not isinstance(near, Missing)
     assert [(hop.endpoint.port, str(hop.span)) for hop in near] == [(1, "0-1"), (2, "2-4")]
+
+
+def offloading(number: int, block_ms: float, **given: float) -> Candidate:
+    """Blocks 2 and 3 stay in its RAM."""
+    lanes = (Lane(Span(0, 1)), Lane(Span(2, 3), block_ms=block_ms), Lane(Span(4, 4)))
+    return candidate(number, Span(0, 4), lanes=lanes, **given)
+
+
+def test_offloaded_blocks_are_run_only_where_that_is_faster_than_going_elsewhere() -> None:
+    def chosen(block_ms: float, rtt: float) -> list[tuple[int, str]]:
+        peers = snapshot(offloading(1, block_ms, rtt=0.001), candidate(2, Span(2, 3), rtt=rtt, block=0.002))
+        route = plan_route(peers, ALL)
+        assert not isinstance(route, Missing)
+        return [(hop.endpoint.port, str(hop.span)) for hop in route]
+
+    around = [(1, "0-1"), (2, "2-3"), (1, "4")]
+    # There and back is half a round trip each: 2 × 2 ms and 20.5 ms, or twice what copying takes.
+    assert chosen(block_ms=10, rtt=0.040) == [(1, "0-4")]  # in one hop, since it is one device
+    assert chosen(block_ms=13, rtt=0.040) == around
+    assert chosen(block_ms=13, rtt=0.080) == [(1, "0-4")]
+    assert chosen(block_ms=100, rtt=0.080) == around
+
+
+def test_offloaded_blocks_are_run_where_nobody_else_has_them() -> None:
+    route = plan_route(snapshot(offloading(1, 900), candidate(2, Span(0, 2))), ALL)
+    assert not isinstance(route, Missing)
+    assert [(hop.endpoint.port, str(hop.span)) for hop in route] == [(2, "0-2"), (1, "3-4")]
 
 
 def test_a_suspect_is_the_last_choice():
