@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torrentlm.compute.sizes import Point
 from torrentlm.compute.span import SpanRunner
 from torrentlm.config import Recipe
 from torrentlm.holder.model import HeldModel
+from torrentlm.node.memory import offloadable, weights_bytes
 from torrentlm.publish.publish import publish
 from torrentlm.publish.published import Published
 from torrentlm.records import Span
@@ -47,13 +49,20 @@ class Decoder:
     paths: dict[str, Path]
     reference: torch.Tensor
 
-    def held(self, precision: str, device: torch.device, span: Span = WHOLE) -> HeldModel:
+    def held(
+        self, precision: str, device: torch.device, span: Span = WHOLE, offloaded: Collection[int] = ()
+    ) -> HeldModel:
         """``INT8`` and ``INT4``: what blocks of layers are kept in, computed in BF16."""
         made, compute, stored = self.published, precision, {}
         if precision in STORED:
             compute, stored = "BF16", dict.fromkeys(MIDDLE, precision)
-        id = made.magnet.v2 or b""
-        return HeldModel(id, made.manifest, made.folder, self.paths, span, compute, device, stored=stored)
+        id, sizes = made.magnet.v2 or b"", weights_bytes(made.manifest, compute, stored)
+        may = offloadable(made.manifest, sizes, span)
+        aside = {block: may[block] for block in offloaded}
+        return HeldModel(
+            id, made.manifest, made.folder, self.paths, span, compute, device,
+            sizes=sizes, stored=stored, offloaded=aside,
+        )  # fmt: skip
 
 
 def make_decoder(folder: Path) -> Decoder:
