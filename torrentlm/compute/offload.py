@@ -132,7 +132,7 @@ def _lock(owner: HostBlock, pages: torch.Tensor, device: torch.device) -> None:
 
     def unlock() -> None:
         with suppress(RuntimeError, AssertionError):  # a device that is lost has nothing on its way
-            torch.cuda.synchronize(device)
+            _cuda.synchronize(device)
         runtime.cudaHostUnregister(pages.data_ptr())  # and only then the pages may go
 
     weakref.finalize(owner, unlock).atexit = False
@@ -170,22 +170,22 @@ class Streamed:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = _cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))  # the slabs' memory may still be in use there
+        self._stream.wait_stream(_cuda.current_stream(device))  # the slabs' memory may still be in use there
         self._copied = [_cuda.Event() for _ in range(SLABS)]
         self._used = [_cuda.Event() for _ in range(SLABS)]
 
     def start(self, slab: int, target: torch.Tensor, source: torch.Tensor) -> None:
         self._stream.wait_event(self._used[slab])
-        with torch.cuda.stream(self._stream):
+        with _cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
             self._copied[slab].record(self._stream)
         target.record_stream(self._stream)
 
     def wait(self, slab: int) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._copied[slab])
+        _cuda.current_stream(self._device).wait_event(self._copied[slab])
 
     def used(self, slab: int) -> None:
-        self._used[slab].record(torch.cuda.current_stream(self._device))
+        self._used[slab].record(_cuda.current_stream(self._device))
 
 
 class Stage:

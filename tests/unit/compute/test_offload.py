@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torrentlm.compute.offload import HostBlock, Offload, Stage, Turns
+from torrentlm.compute import offload
+from torrentlm.compute.offload import HostBlock, Offload, Stage, Streamed, Turns
 from torrentlm.compute.precision import packed_bytes
 from torrentlm.compute.quantization.narrow import Narrow
 from torrentlm.compute.quantization.packed import pack
@@ -225,3 +228,118 @@ def test_a_block_comes_before_what_is_computed_in_front_of_its_first_layer() -> 
         turns.behind(3)
         turns.behind(4)
         assert not stage._computing
+
+
+class Queues:
+    """CUDA as ``Streamed`` uses it: each stream does what it was given in order, whenever it likes (``pick`` says which
+    stream goes on), and an event holds one back until what another was given before it is done.
+    """
+
+    def __init__(self, pick: Callable[[list[int]], int]) -> None:
+        self._pick = pick
+        self.queues: list[list[Callable[[], bool]]] = []
+        self.compute = FakeStream(self)
+        self.now = self.compute
+
+    def Stream(self, device: object) -> FakeStream:
+        return FakeStream(self)
+
+    def Event(self) -> FakeEvent:
+        return FakeEvent()
+
+    def current_stream(self, device: object) -> FakeStream:
+        return self.compute
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.now = self.now, stream
+        yield
+        self.now = before
+
+    def run(self) -> None:
+        """Until everything is done. One that waits is passed over; if all do, nothing ever comes."""
+        while waiting := [number for number, queue in enumerate(self.queues) if queue]:
+            first = self._pick(waiting)
+            for number in (first, *waiting):
+                if self.queues[number][0]():
+                    self.queues[number].pop(0)
+                    break
+            else:
+                raise AssertionError("each waits for the other")
+
+
+class FakeStream:
+    def __init__(self, queues: Queues) -> None:
+        self._queue: list[Callable[[], bool]] = []
+        queues.queues.append(self._queue)
+
+    def do(self, work: Callable[[], object]) -> None:
+        self._queue.append(lambda: work() is None or True)
+
+    def wait_stream(self, stream: FakeStream) -> None:
+        event = FakeEvent()
+        event.record(stream)
+        self.wait_event(event)
+
+    def wait_event(self, event: FakeEvent) -> None:
+        due = event.recorded
+        self._queue.append(lambda: event.passed >= due)
+
+
+class FakeEvent:
+    recorded = passed = 0
+
+    def record(self, stream: FakeStream) -> None:
+        self.recorded += 1
+        number = self.recorded
+
+        def passed() -> None:
+            self.passed = max(self.passed, number)
+
+        stream.do(passed)
+
+
+class Pages:
+    """Memory of the device: what is done to it is done by the stream that is current."""
+
+    def __init__(self, queues: Queues, pages: torch.Tensor) -> None:
+        self._queues, self._pages = queues, pages
+
+    def __getitem__(self, part: slice) -> Pages:
+        return Pages(self._queues, self._pages[part])
+
+    def copy_(self, source: torch.Tensor, *, non_blocking: bool) -> None:
+        assert non_blocking
+        self._queues.now.do(lambda: self._pages.copy_(source) is None)
+
+    def record_stream(self, stream: FakeStream) -> None:
+        assert isinstance(stream, FakeStream)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 5), st.lists(st.lists(st.integers(0, 4), max_size=5), min_size=1, max_size=5))
+def test_streams_and_events_keep_copies_and_computing_in_order(
+    data: st.DataObject, count: int, forwards: list[list[int]]
+) -> None:
+    queues = Queues(lambda waiting: data.draw(st.sampled_from(waiting)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offload, "_cuda", queues)
+        stage = Stage(CPU, ROOM, Streamed(CPU))
+        blocks = [host(place) for place in range(count)]
+        there = [stage.tensors(block)["w"] for block in blocks]
+        stage._slabs = tuple(Pages(queues, pages) for pages in stage._slabs)  # type: ignore[assignment]
+        found: list[tuple[int, float, float]] = []
+        for order in forwards:
+            with stage.turn():
+                for place in (place % count for place in order):
+                    stage.bring(blocks[place])
+                    for _ in range(2):  # two operations that read it
+                        queues.compute.do(partial(read, found, place, there[place]))
+                    stage.done(blocks[place])
+    queues.run()
+    assert len(found) == 2 * sum(map(len, forwards))
+    assert all(low == place == high for place, low, high in found)
+
+
+def read(found: list[tuple[int, float, float]], place: int, tensor: torch.Tensor) -> None:
+    found.append((place, float(tensor.min()), float(tensor.max())))
