@@ -1,4 +1,4 @@
-"""A node with too little memory for its accelerator, a part of the processor that believes to be one, and RAM beside."""
+"""A node whose accelerator has too little memory (a part of the processor stands in for one), and RAM beside it."""
 
 from __future__ import annotations
 

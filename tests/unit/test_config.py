@@ -49,6 +49,7 @@ dht_bootstrap = ["10.0.0.2:6881"]
 blocks = "3-5"
 ram = "4GB"
 vram = "512 MiB"
+offload = "2GB"
 disk = 1000
 precision = "BF16"
 precision_of = { "4" = "INT4", "1-3" = "INT8" }
@@ -91,6 +92,7 @@ def test_every_key_is_read(tmp_path: Path):
         blocks=Span(3, 5),
         ram=4_000_000_000,
         vram=512 << 20,
+        offload=2_000_000_000,
         disk=1000,
         precision="BF16",
         precision_of=((Span(1, 3), "INT8"), (Span(4, 4), "INT4")),
@@ -153,6 +155,8 @@ def test_lists_replace_each_other():
         ("blocks", "0-10", Span(0, 10)),
         ("ram", "1.5 GiB", 3 << 29),
         ("vram", "auto", None),
+        ("offload", "48GB", 48 * 10**9),
+        ("offload", "off", 0),
         ("disk", "12", 12),
         ("precision", "F32", "F32"),
         ("precision", "INT4", "INT4"),

@@ -22,7 +22,7 @@ from torrentlm.compute.threads import first_import
 from torrentlm.config import NodeConfig
 from torrentlm.errors import ConfigError, FolderInUseError, NetworkError, StorageError
 from torrentlm.gateway.ports import open_ports
-from torrentlm.node.memory import WEIGHTS_SHARE, device_budgets
+from torrentlm.node.memory import WEIGHTS_SHARE, device_budgets, offload_budgets, unused_offload
 from torrentlm.swarm.store import Store
 
 LITTLE_DISK = 1 << 30
@@ -197,6 +197,8 @@ def _devices(
     try:
         chosen = choose(config.devices, found)
         budgets = dict(zip((device.name for device in chosen), device_budgets(config, chosen), strict=True))
+        if why := unused_offload(config, offload_budgets(config, chosen)):
+            faults.append(why)
     except ConfigError as error:
         faults.append(str(error))
     faults += device_faults(config, found, budgets, measurements)

@@ -8,7 +8,7 @@ from torrentlm.compute.device import Device
 from torrentlm.compute.devices import DeviceInfo, choose, find_devices
 from torrentlm.compute.measure import measured
 from torrentlm.config import NodeConfig
-from torrentlm.node.memory import device_budgets, offload_budgets
+from torrentlm.node.memory import device_budgets, offload_budgets, unused_offload
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ def open_devices(config: NodeConfig) -> tuple[Device, ...]:
     """
     chosen = choose(config.devices, find_devices())
     budgets, offloads = device_budgets(config, chosen), offload_budgets(config, chosen)
+    if why := unused_offload(config, offloads):
+        log.warning(why)
     return tuple(
         Device(info.name, config.threads, budget, offload, _upload(info, config) if offload else 0.0)
         for info, budget, offload in zip(chosen, budgets, offloads, strict=True)

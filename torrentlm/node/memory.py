@@ -95,6 +95,16 @@ def offload_budgets(config: NodeConfig, devices: Sequence[DeviceInfo]) -> tuple[
     return tuple(share if gain else 0 for gain in gains)
 
 
+def unused_offload(config: NodeConfig, budgets: Sequence[int]) -> str:
+    """A sentence where ``offload`` is set and no device of ``offload_budgets`` gains by it; else ""."""
+    if not config.offload or any(budgets):
+        return ""
+    return (
+        "--offload does nothing here: it is for accelerators that have memory of their own, and this node computes on"
+        " none; leave it out, or choose one with --devices."
+    )
+
+
 def _device_budget(config: NodeConfig, device: DeviceInfo, sharing: int, processors: int) -> int:
     name, given = ("vram", config.vram) if device.accelerates else ("ram", config.ram)
     if given is None:

@@ -62,6 +62,14 @@ def test_several_devices_are_told_apart(tmp_path: Path) -> None:
     assert "cuda:0: cpu (x, 2 threads)" in shown and "cuda:1: cpu (x, 2 threads)" in shown
 
 
+def test_what_is_offloaded_is_shown_where_there_is_room_for_it(tmp_path: Path) -> None:
+    aside = {"budget": 64_000_000_000, "used": 32_000_000_000, "pinned": 0}
+    for offloaded, there in ((aside, True), (aside | {"budget": 0}, False)):
+        written(tmp_path, devices=[STATUS["devices"][0] | {"offloaded": offloaded}])
+        shown = CliRunner().invoke(command, ["--data", str(tmp_path)], catch_exceptions=False).output
+        assert ("offloaded" in shown and "64 GB" in shown) == there
+
+
 def test_for_programs(tmp_path: Path) -> None:
     status = written(tmp_path)
     shown = CliRunner().invoke(command, ["--data", str(tmp_path), "--json"], catch_exceptions=False).output

@@ -9,7 +9,7 @@ from torrentlm.compute.devices import DeviceInfo, choose
 from torrentlm.config import NodeConfig
 from torrentlm.errors import ConfigError
 from torrentlm.node.devices import open_devices
-from torrentlm.node.memory import CARD_SHARE, MACHINE_SHARE, device_budgets
+from torrentlm.node.memory import CARD_SHARE, MACHINE_SHARE, device_budgets, offload_budgets, unused_offload
 
 CPU = DeviceInfo("cpu", "cpu", "A processor", 8_000, 5_000)
 GPUS = (
@@ -47,6 +47,17 @@ def test_one_memory_is_not_given_twice() -> None:
 def test_a_budget_beyond_the_device(config: NodeConfig, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         device_budgets(config, (CPU, GPUS[1]))
+
+
+def test_ram_to_offload_to_is_shared_by_accelerators_with_memory_of_their_own() -> None:
+    assert offload_budgets(NodeConfig(offload=1_001), (CPU, *GPUS)) == (0, 500, 500)
+    assert offload_budgets(NodeConfig(), GPUS) == (0, 0)
+    nobody = offload_budgets(NodeConfig(offload=1_000), (APPLE, CPU))
+    assert nobody == (0, 0)
+    assert unused_offload(NodeConfig(offload=1_000), nobody).startswith("--offload does nothing here: it is for")
+    assert unused_offload(NodeConfig(), nobody) == unused_offload(NodeConfig(offload=1), (0, 1)) == ""
+    with pytest.raises(ConfigError, match=r"of memory, less than the .* of --offload; lower --offload"):
+        offload_budgets(NodeConfig(offload=1 << 62), GPUS)
 
 
 def test_open_devices() -> None:

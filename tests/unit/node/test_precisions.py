@@ -99,6 +99,20 @@ def test_a_budget_that_is_named_is_kept() -> None:
     assert "blocks 0-2, 4-7 in BF16 and block 3 in INT8" in said
 
 
+def test_ram_to_offload_to_comes_before_fewer_bits() -> None:
+    given = replace(budget(PUBLISHED - 1), option="vram", aside=1)
+    assert decide(model(), NodeConfig(), WHOLE, given) == Precisions("BF16")
+    assert not must_ask(
+        model(), NodeConfig(precision="F32"), WHOLE, replace(given, option="ram", weights=2 * PUBLISHED)
+    )
+    assert decide(model(), NodeConfig(), WHOLE, replace(given, weights=PUBLISHED - 2)) == Precisions(
+        "BF16", {3: "INT8"}
+    )
+    with pytest.raises(ConfigError, match=r"but vram = 0\.4 MB with offload leaves 0\.0 MB for them: raise --vram to"):
+        decide(model(), NodeConfig(), WHOLE, replace(given, weights=1000))
+    assert Budget.of(NodeConfig(vram=4000), 3000, 50).limit == 3050
+
+
 def test_the_least_that_would_do_is_named() -> None:
     with pytest.raises(ConfigError, match=r"needs at least 0\.1 MB for weights in BF16\+INT4, .*--ram to 0\.2 MB or"):
         decide(model(), NodeConfig(), WHOLE, budget(1000))
