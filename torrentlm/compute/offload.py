@@ -12,6 +12,7 @@ Anywhere else a copy is a copy. What a model's code changes in its weights in pl
 from __future__ import annotations
 
 import logging
+import mmap
 import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -51,7 +52,7 @@ class HostBlock:
     ) -> None:
         self.place = place
         self.layers = layers
-        self.bytes = torch.empty(size, dtype=torch.uint8)
+        self.bytes = _pages(size)
         self.used = 0
         self.staying: dict[str, torch.Tensor] = {}
         self._laid: dict[str, _Laid] = {}
@@ -116,6 +117,12 @@ def _lay(tensor: torch.Tensor, offset: int) -> tuple[_Laid | None, int]:
         nothing = torch.empty(0)
         form = (replace(tensor.packed, codes=nothing, scales=nothing), tensor.dtype, tensor.turned)
     return (_Laid(tuple(parts), form) if parts else None), offset
+
+
+def _pages(size: int) -> torch.Tensor:
+    """Pages of their own, which the driver can lock one block at a time, and which go back to the system."""
+    made = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(made, dtype=torch.uint8, count=size) if size else torch.empty(0, dtype=torch.uint8)
 
 
 def _lock(owner: HostBlock, pages: torch.Tensor, device: torch.device) -> None:

@@ -106,7 +106,7 @@ class HeldModel:
         )
         require_same_cut(manifest, self._sides)
         self.offloading = Offloading(
-            id, manifest, offloaded or {}, self.device, self._form, self._load_aside, lambda: self._dtypes
+            id, manifest, offloaded or {}, self.device, self._form, self._load_aside, lambda: self._eligible[2]
         )
         self._arrived: set[int] = set(span if arrived is None else arrived)
         self._runners: OrderedDict[Span, SpanRunner] = OrderedDict()
@@ -163,22 +163,17 @@ class HeldModel:
         return load_quantized(self._paths[name], used.names, convert, how).tensors.items()
 
     def _how(self, name: str, keep_on: torch.device | None = None) -> tuple[How, Convert]:
-        matrices, convert = self._eligible
+        matrices, convert, _ = self._eligible
         dtype = DTYPES[self.precisions.compute]
         return How(self._form(name), matrices, dtype, self.device, self._quantized, keep_on), convert
 
     @cached_property
-    def _dtypes(self) -> dict[str, torch.dtype]:
-        """What the model's code has each of its weights in."""
+    def _eligible(self) -> tuple[Mapping[str, bool], Convert, Mapping[str, torch.dtype]]:
+        """Which of the model's weights may be quantized, what makes them of a file's, as a runner has it, and what the
+        model's code has each in."""
         model = build_skeleton(self._config, DTYPES[self.precisions.compute], self.device)
-        return {name: tensor.dtype for name, tensor in named_weights(model)}
-
-    @cached_property
-    def _eligible(self) -> tuple[Mapping[str, bool], Convert]:
-        """Which of the model's weights may be quantized, and what makes them of a file's, as a runner has it."""
-        model = build_skeleton(self._config, DTYPES[self.precisions.compute], self.device)
-        known = frozenset(name for name, _ in named_weights(model))
-        return matrices_of(model), partial(convert_all, model, known=known)
+        dtypes = {name: tensor.dtype for name, tensor in named_weights(model)}
+        return matrices_of(model), partial(convert_all, model, known=frozenset(dtypes)), dtypes
 
     def blocks_of(self, keys: Collection[UnitKey]) -> list[int]:
         """The blocks that can run with what is there: ``keys`` of the device's memory, and of the processor's."""

@@ -13,6 +13,7 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
 
+from torrentlm.compute.device import memory_errors
 from torrentlm.compute.offload import HostBlock, Offload, Stage
 from torrentlm.holder.memory import Unit, UnitKey
 from torrentlm.manifest.manifest import Manifest
@@ -103,13 +104,15 @@ class Offloading:
         return name, f"{self._form(name)}, offloaded"
 
     def _make_stage(self) -> Stage:
-        stage = Stage(self._device, self._slab)
+        with memory_errors():
+            stage = Stage(self._device, self._slab)
         self._stage = ref(stage)
         return stage
 
     def _load_block(self, place: int, block: int) -> HostBlock:
         layers = self._manifest.blocks[block].layers
         calls = range(0) if layers is None else range(layers.first, layers.last + 1)
-        made = HostBlock(place, calls, self._load(block), self._bytes[block], self._dtypes(), self._device)
+        with memory_errors():
+            made = HostBlock(place, calls, self._load(block), self._bytes[block], self._dtypes(), self._device)
         self._host[place] = made
         return made

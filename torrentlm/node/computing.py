@@ -89,9 +89,9 @@ class Computing:
         return sum(lane.memory.budget for lane in self.lanes)
 
     @property
-    def offload_budget(self) -> int:
-        """Bytes of the processor's memory for blocks that the devices have no room for."""
-        return sum(lane.aside.budget for lane in self.lanes)
+    def offload_budgets(self) -> tuple[int, ...]:
+        """Bytes of the processor's memory for blocks that each of the devices has no room for."""
+        return tuple(lane.aside.budget for lane in self.lanes)
 
     def holds(self, name: str) -> bool:
         """Whether the block file of this name is in any device's memory, or offloaded."""
@@ -204,8 +204,8 @@ class Computing:
         elif (config.ram or config.vram) is not None and not self._fits(manifest, in_memory, span):
             devices = " and ".join(f"{lane.memory.budget / 1e6:,.1f} MB on {lane.device.label}" for lane in self.lanes)
             name = "vram" if self.accelerates else "ram"
-            if self.offload_budget:
-                devices += f", with {self.offload_budget / 1e6:,.1f} MB of RAM to offload to"
+            if aside := sum(self.offload_budgets):
+                devices += f", with {aside / 1e6:,.1f} MB of RAM to offload to"
             raise ConfigError(
                 f"--blocks {span} cannot be divided into consecutive parts that fit the memory for weights, {devices}:"
                 f" raise --{name} or name fewer blocks"
@@ -225,7 +225,7 @@ class Computing:
         lanes, sizes = self.lanes, _sizes(manifest, in_memory, span)
         helping = [at for at, lane in enumerate(lanes) if self.accelerates and not lane.device.accelerates]
         budgets = [lane.memory.budget for lane in lanes]
-        if self.offload_budget and not fits(sizes, budgets):
+        if any(self.offload_budgets) and not fits(sizes, budgets):
             slab = max(offloadable(manifest, in_memory, span).values(), default=0)
             budgets = [beyond(lane.memory.budget, lane.aside.budget, slab) for lane in lanes]
         parts = divide(sizes, budgets, helping)

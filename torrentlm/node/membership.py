@@ -190,11 +190,11 @@ class Membership:
                 transfer.connect_peer(endpoint)
             await trio.sleep(FEED_EVERY_S)
 
-    async def choose(self, accelerator: int | None, ask: Ask, offload: int = 0) -> Span | None:
+    async def choose(self, accelerator: int | None, ask: Ask, offload: Sequence[int] = ()) -> Span | None:
         """The span to hold, as configured; None for no block. Decides ``precisions``.
 
-        ``accelerator``: bytes of its memory for weights, if one computes; ``offload``: of RAM for what it has no room
-        for. Raises ConfigError, StorageError.
+        ``accelerator``: bytes of its memory for weights, if one computes; ``offload``: of RAM for what each of
+        several has no room for. Raises ConfigError, StorageError.
         """
         config, last = self._parts.config, len(self.manifest.blocks) - 1
         span, budget = config.blocks, Budget.of(config, accelerator, self._gained(offload))
@@ -211,13 +211,14 @@ class Membership:
             self._parts.say({"event": "precision", "precision": how.said(span), "why": why})
         return span
 
-    def _gained(self, offload: int) -> int:
-        """What so much RAM for offloaded blocks adds to a device's own memory."""
-        if not offload:
+    def _gained(self, offload: Sequence[int]) -> int:
+        """What RAM for offloaded blocks, so much for each device, adds to their own memory."""
+        if not any(offload):
             return 0
         in_memory = weights_bytes(self.manifest, self.precisions.compute, self.precisions.stored)
         sizes = offloadable(self.manifest, in_memory, Span(0, len(self.manifest.blocks) - 1))
-        return beyond(0, min(offload, sum(sizes.values())), max(sizes.values(), default=offload))
+        largest = max(sizes.values(), default=0)
+        return sum(beyond(0, ram, largest) for ram in offload) if sizes else 0
 
     async def _costs(self, span: Span, budget: Budget, ask: Ask) -> Mapping[str, Cost]:
         asked = self.manifest, self._parts.config, span, budget

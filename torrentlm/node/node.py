@@ -94,15 +94,15 @@ class Node:
     async def hold(self, membership: Membership) -> None:
         """Hold the blocks that the settings ask for, and serve them; a mirror has every file then."""
         weights = computing = None
-        offload = 0
+        offload: tuple[int, ...] = ()
         config = self.parts.config
         if may_accelerate() or len(config.devices or ()) > 1:  # only torch knows; else fetching need not wait for it
             computing = await self._compute()
             weights = computing.weights_budget if computing.accelerates else None
-            offload = computing.offload_budget
+            offload = computing.offload_budgets
         span = await membership.choose(weights, self._costs, offload)
         if span is not None:
-            if computing is not None and (len(computing.lanes) > 1 or offload):
+            if computing is not None and (len(computing.lanes) > 1 or any(offload)):
                 span = computing.fitting(membership, span)
             await self._serve(membership, span)
         if config.mirror:
