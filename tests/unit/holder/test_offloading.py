@@ -13,7 +13,10 @@ import torch
 import trio
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
 
+from tests.unit.compute.kinds import KINDS, ids
+from tests.unit.holder.chain import publish_model
 from torrentlm.compute.chain import Chain
+from torrentlm.compute.inputs import Encoded
 from torrentlm.compute.offload import Stage
 from torrentlm.compute.quantization.tensor import QuantizedTensor
 from torrentlm.config import Recipe
@@ -130,8 +133,8 @@ def test_sessions_that_take_turns_on_spans_of_one_stage(hold: Held) -> None:
     for step in range(6):
         for number, (chain, known) in enumerate(zip(chains, due, strict=True)):
             count = 5 if step == 0 else 1 + (step + number) % 3  # prompts, single tokens and a few at once
-            ids = (torch.arange(count)[None] * 7 + 11 * step + number) % 64
-            assert torch.equal(chain.step(ids), known.step(ids))
+            given = (torch.arange(count)[None] * 7 + 11 * step + number) % 64
+            assert torch.equal(chain.step(given), known.step(given))
 
 
 def test_blocks_of_several_layers(tmp_path: Path) -> None:
@@ -211,3 +214,24 @@ def test_only_blocks_of_layers_with_a_file_of_their_own_may_be_offloaded(hold: H
     with Store(tmp_path / "data") as store:
         made = publish(Recipe("twice", tmp_path / "checkpoint", tokenizer=False), store)
     assert set(offloadable(made.manifest, weights_bytes(made.manifest, "F32"), ALL)) == {1, 3, 5, 6}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_kind_of_model_it_is(kind: str, tmp_path: Path) -> None:
+    whole = KINDS[kind].build()
+    whole.save_pretrained(tmp_path / "checkpoint")
+    held = Held(*publish_model(tmp_path / "checkpoint", tmp_path / "data"))
+    manifest = held.published.manifest
+    span = Span(0, len(manifest.blocks) - 1)
+    may = tuple(offloadable(manifest, held.sizes("F32", {}), span))
+    memories = Memories(held("F32", {}, may, span))
+    plain, offloaded = held("F32", {}, (), span), memories.load()
+    for number in range(len(manifest.sides)):
+        blocks = manifest.side_blocks(number)
+        states = torch.randn(2, 7, plain.split_of(blocks.first).width or 1, generator=torch.Generator().manual_seed(1))
+        encoded = Encoded(states, torch.ones(2, 7, dtype=torch.long)) if number else None
+        runs = [Chain([model.runner(blocks)], 2, 32, (), encoded) for model in (plain, offloaded)]
+        for count in (9,) if manifest.task == "encoder" or len(manifest.sides) > number + 1 else (9, 1, 1, 1):
+            due, found = (chain.step(ids(2, count, 4)) for chain in runs)
+            assert torch.equal(found, due)
+    assert (memories.stage._last != [None, None]) if may else kind == "one module"
