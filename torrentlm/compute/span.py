@@ -52,8 +52,8 @@ class SpanRunner:
     """Layers ``first`` to ``last`` (``last = first - 1``: none), with the stem or the head if asked for, on one device.
 
     ``weights`` are the span's block files, ``quantization`` says which of them are kept in fewer bits, ``offload``
-    which stay in the processor's memory; runners in one
-    process share what they load from the same file. One forward at a time: calls from several threads queue up.
+    which stay in the processor's memory; runners in one process share what they load from the same file. One forward at
+    a time: calls from several threads queue up.
     ``vocabulary``: how many token ids the model knows. The constructor raises ArtifactError for unusable block files,
     StorageError for unreadable ones, UnsupportedModelError when transformers cannot build the model.
     """
