@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from torrentlm.compute.precision import ALIGN
+from torrentlm.compute.precision import BOUNDARY
 from torrentlm.compute.quantization.packed import Packed
 from torrentlm.compute.quantization.tensor import QuantizedTensor, moved
 from torrentlm.route.assign import SLABS
@@ -111,7 +111,7 @@ def _lay(tensor: torch.Tensor, offset: int) -> tuple[_Laid | None, int]:
     for part in _parts(tensor):
         alike = torch.empty_like(part, device="meta")  # dense, in the same order where that is possible
         parts.append(_Part(offset, tuple(alike.shape), alike.stride(), alike.dtype, alike.nbytes))
-        offset += -(-alike.nbytes // ALIGN) * ALIGN
+        offset += -(-alike.nbytes // BOUNDARY) * BOUNDARY
     form = None
     if isinstance(tensor, QuantizedTensor) and isinstance(tensor.packed, Packed):
         nothing = torch.empty(0)

@@ -102,7 +102,7 @@ def bytes_as(spec: TensorSpec, compute: str, stored: str | None = None) -> int:
     return count + 2 * rows if stored == "INT8" else count // 2 + 4 * (count // INT4_GROUP)
 
 
-ALIGN = 256
+BOUNDARY = 256
 """Bytes at whose multiples the tensors of an offloaded block begin: more than what processors (64) and GPUs' products
 (128) want, so that they round as they do elsewhere."""
 
@@ -110,7 +110,7 @@ ALIGN = 256
 def packed_bytes(size: int, tensors: int) -> int:
     """Bytes enough for a block's ``tensors``, of ``size`` bytes together, one behind the other; one in INT8 or INT4 is
     two."""
-    return -(-size // ALIGN) * ALIGN + 2 * ALIGN * tensors
+    return -(-size // BOUNDARY) * BOUNDARY + 2 * BOUNDARY * tensors
 
 
 def file_forms(manifest: Manifest, stored: Mapping[int, str]) -> dict[str, str]:
