@@ -13,7 +13,10 @@ import torch
 import trio
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
 
+from tests.peft_adapters import make_adapter
 from tests.unit.compute.kinds import KINDS, ids
+from tests.unit.compute.test_adapter import Chain as AdapterChain
+from tests.unit.compute.test_adapter import load
 from tests.unit.holder.chain import publish_model
 from torrentlm.compute.chain import Chain
 from torrentlm.compute.inputs import Encoded
@@ -235,3 +238,14 @@ def test_whatever_kind_of_model_it_is(kind: str, tmp_path: Path) -> None:
             due, found = (chain.step(ids(2, count, 4)) for chain in runs)
             assert torch.equal(found, due)
     assert (memories.stage._last != [None, None]) if may else kind == "one module"
+
+
+def test_an_adapter_changes_offloaded_layers_as_any_others(tmp_path: Path) -> None:
+    held = published(LlamaConfig(**SIZES), tmp_path)
+    adapter = load(make_adapter(tmp_path / "checkpoint", tmp_path / "adapter", 1))
+    models = held("F32", {}, ()), Memories(held("F32", {}, (2, 3, 4, 5))).load()
+    chains = [[AdapterChain([model.runner(ALL)], given) for given in (None, adapter)] for model in models]
+    for _ in range(3):  # with it and without it in turns
+        due, found = ([chain.step(IDS[:1]) for chain in pair] for pair in chains)
+        assert torch.equal(found[0], due[0]) and torch.equal(found[1], due[1])
+        assert not torch.equal(found[0], found[1])
