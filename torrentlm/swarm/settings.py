@@ -60,6 +60,8 @@ def transfer_settings() -> Settings:
         "max_queued_disk_bytes": 64 << 20,
         "file_pool_size": 500,
         "hashing_threads": 2,
+        # Five pieces for each choked peer would be most of a copy more (gateway/turns.py).
+        "allowed_fast_set_size": 0,
     }
 
 
