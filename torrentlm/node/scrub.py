@@ -14,8 +14,8 @@ import trio
 from torrentlm.manifest.torrent import MAX_PIECE_LENGTH, Hasher
 from torrentlm.swarm.store import Store, root_of
 
-BYTES_PER_S = 2 << 20
-"""Some thousandths of what a core can hash: a node that has nothing to do takes less than a hundredth of a core."""
+BYTES_PER_S = 1 << 20
+"""A few thousandths of what a core can hash: a node that has nothing to do takes a hundredth of one, all in all."""
 AGAIN_AFTER_S = 7 * 24 * 3600.0
 LOOK_EVERY_S = 60.0
 _CHUNK = 1 << 20

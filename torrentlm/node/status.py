@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FILE = "status.json"
 EVERY_S = 1.0
+SAME_S = 4.0
+"""Where nothing has changed it is written again after so long, to say that it still holds."""
 STALE_S = 10.0
 """Older than this, it is what a node left that has ended without a word."""
 MAX_BYTES = 4 << 20
@@ -41,10 +43,14 @@ def read_status(data: Path) -> dict[str, Any] | None:
 async def keep_status(node: Node) -> None:
     """Write it until cancelled, and remove it then. A disk that takes no file is somebody else's to report."""
     path = node.parts.config.data / FILE
+    written: dict[str, Any] = {"at": float("-inf")}
     try:
         while True:
-            with suppress(OSError):
-                _replace(path, json.dumps(status_of(node)))
+            status = status_of(node)
+            if status | {"at": 0.0} != written | {"at": 0.0} or status["at"] - written["at"] > SAME_S:
+                with suppress(OSError):
+                    _replace(path, json.dumps(status))
+                    written = status
             await trio.sleep(EVERY_S)
     finally:
         with suppress(OSError):

@@ -20,10 +20,12 @@ from torrentlm.swarm.addresses import is_address, loopback_only
 from torrentlm.swarm.alerts import Alert, AlertPump, torrent_key
 from torrentlm.swarm.dht import Dht
 from torrentlm.swarm.identity import Identity
-from torrentlm.swarm.settings import PUBLIC_BOOTSTRAP, TICK_MS, Proxy, session_settings
+from torrentlm.swarm.settings import IDLE_TICK_MS, PUBLIC_BOOTSTRAP, TICK_MS, Proxy, session_settings
 from torrentlm.swarm.transfer import Transfer, Urgency
 
 _UPDATE_INTERVAL = 0.5
+_IDLE_INTERVAL = 2.0
+"""The same while nothing comes or goes: then libtorrent looks at its clock less often, too."""
 NICER = 5
 """By how much libtorrent's threads give way to the gateway's; see tools/bench pipe."""
 _HURRY_INTERVAL = 0.1
@@ -68,6 +70,8 @@ class Swarm:
         self._transfers: dict[InfoHash, Transfer] = {}
         self._session: Any = None
         self._hurried = trio.Event()
+        self._added = trio.Event()
+        self._tick = TICK_MS
         self._pump: AlertPump
         self.dht: Dht
 
@@ -139,6 +143,7 @@ class Swarm:
         transfer = Transfer(handle, self._pump, folder, self, limit, had_first=verified)
         self.renamed(transfer)
         transfer.urge(urgency)
+        self._added.set()
         return transfer
 
     def remove(self, transfer: Transfer) -> None:
@@ -196,7 +201,23 @@ class Swarm:
         """Ask for the progress of whatever changed; the answer comes as an alert."""
         while True:
             self._session.post_torrent_updates(0)
-            await trio.sleep(_UPDATE_INTERVAL)
+            with trio.move_on_after(_UPDATE_INTERVAL if self._busy else _IDLE_INTERVAL):
+                await self._added.wait()
+            if self._added.is_set():
+                self._added = trio.Event()
+                await trio.sleep(_UPDATE_INTERVAL)
+            self._set_tick(TICK_MS if self._busy else IDLE_TICK_MS)
+
+    @property
+    def _busy(self) -> bool:
+        """Something comes or goes, or soon may under a limit, which libtorrent shares out at each tick."""
+        limited = self._settings["upload_rate_limit"] or self._settings["download_rate_limit"]
+        return bool(limited) or any(not each.complete or each.progress.upload_rate for each in self.transfers)
+
+    def _set_tick(self, tick: int) -> None:
+        if tick != self._tick:
+            self._tick = tick
+            self._session.apply_settings({"tick_interval": tick})
 
     async def _hurry(self) -> None:
         """A negative tick interval makes libtorrent do at once, and each millisecond, what it does once a second.
@@ -208,6 +229,7 @@ class Swarm:
             self._hurried = trio.Event()
             self._session.apply_settings({"tick_interval": -1})
             await trio.sleep(1.5 * TICK_MS / 1000)
+            self._tick = TICK_MS
             self._session.apply_settings({"tick_interval": TICK_MS})
             await trio.sleep(_HURRY_INTERVAL)
 

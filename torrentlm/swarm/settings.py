@@ -21,6 +21,8 @@ PUBLIC_BOOTSTRAP = (
 
 TICK_MS = 20
 """How often libtorrent looks at its clock; ``Swarm`` hurries it by this."""
+IDLE_TICK_MS = 500
+"""The same while nothing comes or goes."""
 
 _SOCKS5_WITH_PASSWORD = int(lt.proxy_type_t.socks5_pw)
 _ENCRYPTION_OFF = int(lt.enc_policy.pe_disabled)
