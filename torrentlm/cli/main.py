@@ -22,6 +22,8 @@ def main() -> NoReturn:
         status = commands.run()
     except KeyboardInterrupt:
         status = 130
+    # Python puts the system's own handler back while it ends: one that comes then would kill, and hide the status.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(status)
 
 
