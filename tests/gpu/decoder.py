@@ -8,13 +8,16 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
 from torrentlm.compute.border import Border, Logits
+from torrentlm.compute.measure import PRECISIONS
 from torrentlm.compute.precision import STORED
 from torrentlm.compute.sizes import Point
 from torrentlm.compute.span import SpanRunner
 from torrentlm.config import Recipe
+from torrentlm.errors import ConfigError
 from torrentlm.holder.model import HeldModel
 from torrentlm.node.memory import offloadable, weights_bytes
 from torrentlm.publish.publish import publish
@@ -63,6 +66,15 @@ class Decoder:
             id, made.manifest, made.folder, self.paths, span, compute, device,
             sizes=sizes, stored=stored, offloaded=aside,
         )  # fmt: skip
+
+
+def require_precision(name: str, device: torch.device) -> str:
+    """``name``; skips the test where the device or torch lacks it, as some cards lack BF16."""
+    try:
+        PRECISIONS[name](torch.eye(64), device)
+    except ConfigError as lacking:
+        pytest.skip(str(lacking))
+    return name
 
 
 def make_decoder(folder: Path) -> Decoder:

@@ -7,11 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.gpu.decoder import MIDDLE, WHOLE, Decoder, error, hidden, logits, seconds_per_block
+from tests.gpu.decoder import MIDDLE, WHOLE, Decoder, error, hidden, logits, require_precision, seconds_per_block
 from torrentlm.compute.border import Border
 from torrentlm.compute.device import Device
-from torrentlm.compute.measure import PRECISIONS
-from torrentlm.errors import ConfigError
 from torrentlm.records import Span
 
 BOUNDS = {"F32": 1e-4, "BF16": 5e-2, "F16": 1e-2, "INT8": 8e-2, "INT4": 0.5}
@@ -20,12 +18,7 @@ BOUNDS = {"F32": 1e-4, "BF16": 5e-2, "F16": 1e-2, "INT8": 8e-2, "INT4": 0.5}
 
 @pytest.fixture(params=BOUNDS)
 def precision(request: pytest.FixtureRequest, device: torch.device) -> str:
-    name = str(request.param)
-    try:
-        PRECISIONS[name](torch.eye(64), device)
-    except ConfigError as lacking:
-        pytest.skip(str(lacking))
-    return name
+    return require_precision(str(request.param), device)
 
 
 def test_logits(precision: str, decoder: Decoder, device: torch.device, row: Callable[..., None]) -> None:

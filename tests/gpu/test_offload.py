@@ -11,12 +11,10 @@ import pytest
 import torch
 import trio
 
-from tests.gpu.decoder import LAYERS, MIDDLE, WHOLE, Decoder, finish, logits, seconds_per_block
+from tests.gpu.decoder import LAYERS, MIDDLE, WHOLE, Decoder, finish, logits, require_precision, seconds_per_block
 from tests.gpu.test_budget import SLACK
-from torrentlm.compute.measure import PRECISIONS
 from torrentlm.compute.offload import HostBlock, Immediate, Stage, Streamed
 from torrentlm.config import NodeConfig
-from torrentlm.errors import ConfigError
 from torrentlm.holder.memory import Memory, pin_all
 from torrentlm.holder.model import HeldModel
 from torrentlm.node.devices import open_devices
@@ -29,12 +27,7 @@ PLENTY = 1 << 40
 
 @pytest.fixture(params=["F32", "BF16", "INT8", "INT4"])
 def precision(request: pytest.FixtureRequest, device: torch.device) -> str:
-    name = str(request.param)
-    try:
-        PRECISIONS[name](torch.eye(64), device)
-    except ConfigError as lacking:
-        pytest.skip(str(lacking))
-    return name
+    return require_precision(str(request.param), device)
 
 
 class Memories:

@@ -120,9 +120,8 @@ class Turns:
         self._seats: dict[int, _Seat] = {}
         self._wanting = Counter[InfoHash]()  # how many want each
         self._turns: dict[InfoHash, Endpoint] = {}
-        self._without: dict[
-            Endpoint, float
-        ] = {}  # who wants something, has no turn of its own and gets nothing, since when
+        # Who wants something, has no turn of its own and gets nothing from others, since when.
+        self._without: dict[Endpoint, float] = {}
         self._changed = trio.Event()
 
     def enter(self, number: int, torrent: InfoHash, peer: Endpoint, gate: Gate) -> None:

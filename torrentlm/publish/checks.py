@@ -81,9 +81,11 @@ def require_readable_tokenizer(files: Mapping[str, bytes], where: Path) -> int:
 
 
 def require_known_words(words: int, known: int, where: Path) -> None:
-    """Raise ArtifactError if a tokenizer of so many ``words`` makes ids that the model does not know. One that was
-    added to it (padding, say) may be unknown: models are published like that, and never see it."""
-    if words > known:
+    """Raise ArtifactError if a tokenizer of so many ``words`` makes ids beyond the ``known`` ones of the model (0: it
+    does not say). A word that was added (padding, say) may be unknown: models are published like that, and never see
+    it.
+    """
+    if 0 < known < words:
         raise ArtifactError(
             f"the tokenizer of {where} has {words:,} words where the model knows {known:,}: it is another model's;"
             " fetch the right one, or say tokenizer = false in [model] (--no-tokenizer) if users are to send token ids"

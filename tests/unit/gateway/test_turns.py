@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -106,18 +107,24 @@ class Source:
         return {place for place, gate in self.gates.items() if gate.open}
 
 
+@asynccontextmanager
+async def running(source: Source) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(source.turns.run)
+        yield
+        nursery.cancel_scope.cancel()
+
+
 @on_a_mock_clock
 async def test_the_first_waits_for_nobody_and_others_for_their_turn() -> None:
     source = Source(1, [1e5, 1e5])
     assert source.open == {(0, 0)}
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(source.turns.run)
+    async with running(source):
         await trio.sleep(1)
         assert source.open == {(0, 0)}
         source.turns.interest(source.numbers[0, 0], False)
         await trio.sleep(1)
         assert source.open == {(0, 1)}
-        nursery.cancel_scope.cancel()
 
 
 @on_a_mock_clock
@@ -136,73 +143,61 @@ async def test_choked_and_unchoked_again_at_once() -> None:
 @on_a_mock_clock
 async def test_many_torrents_are_shared_out() -> None:
     source = Source(8, [1e5] * 4)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(source.turns.run)
+    async with running(source):
         await trio.sleep(1)
         assert Counter(peer for _, peer in source.open) == {0: 2, 1: 2, 2: 2, 3: 2}
         assert Counter(torrent for torrent, _ in source.open) == dict.fromkeys(range(8), 1)
-        nursery.cancel_scope.cancel()
 
 
 @on_a_mock_clock
 async def test_a_peer_that_takes_nothing_loses_its_turn() -> None:
     source = Source(1, [0.0, 1e5])
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(source.turns.run)
+    async with running(source):
         await trio.sleep(STALL_S - 0.5)
         assert source.open == {(0, 0)}
         await trio.sleep(1)
         assert source.open == {(0, 1)}
-        nursery.cancel_scope.cancel()
 
 
 @on_a_mock_clock
 async def test_a_slow_peer_does_not_keep_a_turn_for_ever() -> None:
     source = Source(2, [10.0, 1e5])
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(source.turns.run)
+    async with running(source):
         await trio.sleep(1)
         [slow] = [torrent for torrent, peer in source.open if peer == 0]
         await trio.sleep(LENGTH_S)
         assert (slow, 1) in source.open
-        nursery.cancel_scope.cancel()
 
 
 @on_a_mock_clock
 async def test_who_has_no_turn_waits_only_so_long() -> None:
     source = Source(1, [1e5, 1e5, 1e5])
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(source.turns.run)
+    async with running(source):
         await trio.sleep(PATIENCE_S - 0.5)
         assert len(source.open) == 1
         await trio.sleep(1)
         assert len(source.open) == 3
-        nursery.cancel_scope.cancel()
 
 
 @on_a_mock_clock
 async def test_who_gets_something_from_others_goes_on_waiting() -> None:
     source = Source(1, [1e5, 1e5])
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(source.turns.run)
+    async with running(source):
         for _ in range(5):
             await trio.sleep(PATIENCE_S - 0.5)
             source.turns.has_more(source.numbers[0, 1])
         assert source.open == {(0, 0)}
         await trio.sleep(PATIENCE_S + 0.5)
         assert source.open == {(0, 0), (0, 1)}
-        nursery.cancel_scope.cancel()
 
 
 @on_a_mock_clock
 async def test_one_that_has_left_holds_nobody_up() -> None:
     source = Source(1, [1e5, 1e5])
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(source.turns.run)
+    async with running(source):
         source.turns.leave(source.numbers[0, 0])
         await trio.sleep(1)
         assert (0, 1) in source.open
-        nursery.cancel_scope.cancel()
 
 
 @on_a_mock_clock

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from tests.unit.publish.models import listing, read_back, same_tensors, save_llama
 from torrentlm.config import Recipe
 from torrentlm.errors import ArtifactError, TorrentLMError, UnsupportedModelError
-from torrentlm.publish.checks import all_finite
+from torrentlm.publish.checks import all_finite, require_known_words
 from torrentlm.publish.publish import publish
 from torrentlm.swarm.store import Store
 
@@ -207,3 +207,8 @@ def test_words_added_to_a_tokenizer_may_be_unknown_to_the_model(folder: Path, st
     words.add_special_tokens(["<pad>"])
     (folder / "tokenizer.json").write_text(words.to_str())
     publish(Recipe("m", folder), store)
+
+
+def test_a_model_that_does_not_say_what_it_knows(folder: Path) -> None:
+    """CANINE hashes characters: its tokenizer has a million, and the model no table of them."""
+    require_known_words(1_114_112, 0, folder)
